@@ -1,0 +1,1 @@
+"""Judges, checks, comparisons with intervals, the gate and the report."""

@@ -1,0 +1,133 @@
+"""What people said of responses: the four feedback types and the envelope that carries one to the store."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+Label = Literal[
+    "fails_instruction",
+    "violates_constraint",
+    "hallucination",
+    "inappropriate",
+    "harmful_advice",
+    "sexual",
+    "violent",
+    "denigrates",
+    "opinion",
+    "other",
+]
+"""The metadata that InstructGPT's labelers gave (Ouyang et al. 2022, table 3)."""
+
+CompletionId = Annotated[str, Field(min_length=1, max_length=200)]
+ChoiceIndex = Annotated[int, Field(ge=0, lt=1024)]
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rater: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    comment: Annotated[str, Field(max_length=4000)] | None = None
+    labels: list[Label] = []
+    context: dict[str, Any] | None = None
+
+
+class ChoiceRef(BaseModel):
+    """Names one choice of one completion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    completion_id: CompletionId
+    choice: ChoiceIndex = 0
+
+
+class Thumb(_Common):
+    """Up or down on one choice."""
+
+    type: Literal["thumb"]
+    completion_id: CompletionId
+    choice: ChoiceIndex = 0
+    value: Literal["up", "down"]
+
+
+class Rating(_Common):
+    """Overall quality of one choice on InstructGPT's 1 to 7 scale."""
+
+    type: Literal["rating"]
+    completion_id: CompletionId
+    choice: ChoiceIndex = 0
+    score: Annotated[int, Field(ge=1, le=7)]
+
+
+class Ranking(_Common):
+    """An order of 2 to 9 responses to one prompt, best first; the members of a group are tied."""
+
+    type: Literal["ranking"]
+    groups: Annotated[list[Annotated[list[ChoiceRef], Field(min_length=1)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Ranking":
+        refs = [(ref.completion_id, ref.choice) for group in self.groups for ref in group]
+        if not 2 <= len(refs) <= 9:
+            raise ValueError("groups: a ranking orders 2 to 9 responses")
+        if len(set(refs)) != len(refs):
+            raise ValueError("groups: a response may stand in a ranking only once")
+        return self
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Demonstration(_Common):
+    """A response that a person wrote: to a completion's prompt, or to `messages`."""
+
+    type: Literal["demonstration"]
+    completion_id: CompletionId | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    text: Annotated[str, Field(min_length=1, max_length=100_000)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Demonstration":
+        if (self.completion_id is None) == (self.messages is None):
+            raise ValueError("completion_id: give either completion_id or messages")
+        return self
+
+
+Feedback = Annotated[Thumb | Rating | Ranking | Demonstration, Field(discriminator="type")]
+FEEDBACK: TypeAdapter[Thumb | Rating | Ranking | Demonstration] = TypeAdapter(Feedback)
+
+
+def references(feedback: Feedback) -> list[ChoiceRef]:
+    """The choices that an event speaks of, in its own order; none for a demonstration on `messages`."""
+    match feedback:
+        case Ranking(groups=groups):
+            return [ref for group in groups for ref in group]
+        case Demonstration(completion_id=None):
+            return []
+        case Demonstration(completion_id=str() as completion_id):
+            return [ChoiceRef(completion_id=completion_id)]
+        case Thumb() | Rating():
+            return [ChoiceRef(completion_id=feedback.completion_id, choice=feedback.choice)]
+    raise AssertionError(f"unknown feedback {feedback!r}")
+
+
+class Event(BaseModel):
+    """A feedback as it was accepted: who gave it, when, and what it says.
+
+    `rater` is the identity that counts for superseding and for per-rater statistics, already in the
+    namespace of the key that vouches for it (`<key_id>/<rater>`). `received_at` is in Unix seconds.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    event_id: str
+    key_id: str
+    rater: str
+    source: str = "serving"
+    received_at: float
+    feedback: Feedback

@@ -1,0 +1,63 @@
+"""What the policy generated: one record a finished engine request, as it crosses the queue.
+
+The server writes these, ingest stores them, training reads them. Judgements of them are in `events`.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class WeightSpan(BaseModel):
+    """Output tokens `[start, end)` of a choice came from the weights of `version`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    start: int
+    end: int
+
+
+class Choice(BaseModel):
+    """One sampled response.
+
+    `index` counts over the whole completion: with several prompts in one request it is
+    `part * n + position`, as in the response that the client saw. `token_ids` and `logprobs` have one
+    entry a sampled token (logprobs in nats); both are empty for imported text.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    text: str
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    finish_reason: str | None = None
+    weight_spans: list[WeightSpan] = []
+
+
+class Completion(BaseModel):
+    """One prompt and the choices that were sampled for it.
+
+    `id` is the id that the client saw (`chatcmpl-…`, `cmpl-…`, `resp_…`); `part` is the prompt's position
+    in a request with several prompts, else 0. `messages` or `prompt` is what the client sent,
+    `prompt_token_ids` what the engine saw (empty for imported text). `key_id` names the caller's key,
+    `user` the caller's end user where it named one, `source` is `serving` or an import's name.
+    `created_at` is in Unix seconds.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    part: int = 0
+    key_id: str
+    user: str | None = None
+    source: str = "serving"
+    endpoint: str
+    created_at: float
+    latency_seconds: float = 0.0
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    prompt_token_ids: list[int] = []
+    sampling: dict[str, Any] = {}
+    choices: list[Choice]

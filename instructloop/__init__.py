@@ -1,0 +1,1 @@
+"""The composition root: configuration, command line and the supervisor of local processes."""

@@ -1,0 +1,1 @@
+"""Which versions exist, which one should serve, and what happened to each."""

@@ -1,0 +1,1 @@
+"""One training round: dataset, SFT, reward model, PPO, publication and gate."""
