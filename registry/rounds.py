@@ -1,0 +1,257 @@
+"""Training rounds as rows: who asked for one, what it learns from, where it stands, what it measured.
+
+Owns the rounds' life (`requested`, `running`, then `done` or `failed`). It trains nothing; `training` asks it
+what to do and tells it what happened.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from registry.tables import ROUND_METRICS, ROUND_STAGES, ROUNDS
+
+RoundState = Literal["requested", "running", "done", "failed"]
+
+
+class UnknownRound(KeyError):  # noqa: N818
+    """There is no such round."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else "no such round"
+
+
+class RoundConflict(ValueError):  # noqa: N818
+    """The round is not in a state that allows this, or another one runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: it learns from the events at positions `(cursor, cutoff]`. Times are Unix seconds."""
+
+    id: int
+    state: RoundState
+    stage: str | None
+    cursor: int | None
+    cutoff: int | None
+    config: Mapping[str, Any]
+    config_hash: str | None
+    seed: int | None
+    version: str | None
+    verdict: Mapping[str, Any] | None
+    error: str | None
+    requested_by: str | None
+    requested_at: float | None
+    started_at: float | None
+    ended_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure at one step of one stage; `value` is None where it was not finite."""
+
+    stage: str
+    step: int
+    name: str
+    value: float | None
+    at: float
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 over the configuration's canonical JSON: equal for equal settings, whatever their order."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Rounds:
+    """The rounds in the database of `engine`."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def request(self, actor: str) -> int:
+        """Ask for a round and return its id; while a request waits, it is that one."""
+        try:
+            with self._engine.begin() as connection:
+                waiting = self._only(connection, "requested")
+                if waiting is not None:
+                    return waiting.id
+                row = {"state": "requested", "config": {}, "requested_by": actor, "requested_at": time.time()}
+                return self._insert(connection, row)
+        except sa.exc.IntegrityError:
+            # Another request came in between; its row is committed now.
+            with self._engine.connect() as connection:
+                waiting = self._only(connection, "requested")
+            if waiting is None:
+                raise
+            return waiting.id
+
+    def requested(self) -> Round | None:
+        """Return the request that waits, if any."""
+        with self._engine.connect() as connection:
+            return self._only(connection, "requested")
+
+    def begin(self, cursor: int, cutoff: int, config: Mapping[str, Any], seed: int) -> Round:
+        """Start a round on `(cursor, cutoff]`: the requested one if there is one, else a new one.
+
+        `config` has to be plain JSON. Raises RoundConflict while another round runs.
+        """
+        row = {
+            "state": "running",
+            "cursor": cursor,
+            "cutoff": cutoff,
+            "config": dict(config),
+            "config_hash": config_hash(config),
+            "seed": seed,
+            "started_at": time.time(),
+        }
+        try:
+            with self._engine.begin() as connection:
+                waiting = self._only(connection, "requested")
+                if waiting is not None:
+                    connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == waiting.id).values(**row))
+                    return self._get(connection, waiting.id)
+                return self._get(connection, self._insert(connection, row))
+        except sa.exc.IntegrityError as error:
+            raise RoundConflict("another round is running") from error
+
+    def unfinished(self) -> Round | None:
+        """Return the round that runs, or that ran when its trainer was killed."""
+        with self._engine.connect() as connection:
+            return self._only(connection, "running")
+
+    def last_done(self) -> Round | None:
+        """Return the latest round that came to its end; the next one's cursor is its cutoff."""
+        query = sa.select(ROUNDS).where(ROUNDS.c.state == "done").order_by(ROUNDS.c.id.desc()).limit(1)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return Round(**row._mapping) if row else None
+
+    def stage(self, round_id: int, name: str, state: str) -> None:
+        """Note that the round's stage `name` is now in `state` (`running`, `done`, …)."""
+        with self._engine.begin() as connection:
+            self._require_running(connection, round_id)
+            connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(stage=name))
+            same = (ROUND_STAGES.c.round_id == round_id) & (ROUND_STAGES.c.name == name)
+            row = {"state": state, "at": time.time()}
+            if not connection.execute(sa.update(ROUND_STAGES).where(same).values(**row)).rowcount:
+                connection.execute(sa.insert(ROUND_STAGES).values(round_id=round_id, name=name, **row))
+
+    def stages(self, round_id: int) -> dict[str, str]:
+        """Return the state of each stage that the round has reached, in the order of their last change."""
+        query = (
+            sa.select(ROUND_STAGES.c.name, ROUND_STAGES.c.state)
+            .where(ROUND_STAGES.c.round_id == round_id)
+            .order_by(ROUND_STAGES.c.at)
+        )
+        with self._engine.connect() as connection:
+            return {row.name: row.state for row in connection.execute(query)}
+
+    def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Store the figures of one step; a step that is run again after a kill replaces its figures."""
+        if not values:
+            return
+        at = time.time()
+        rows = [
+            {
+                "round_id": round_id,
+                "stage": stage,
+                "step": step,
+                "name": name,
+                "value": float(value) if math.isfinite(value) else None,
+                "at": at,
+            }
+            for name, value in values.items()
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(
+                sa.delete(ROUND_METRICS).where(
+                    ROUND_METRICS.c.round_id == round_id,
+                    ROUND_METRICS.c.stage == stage,
+                    ROUND_METRICS.c.step == step,
+                    ROUND_METRICS.c.name.in_(list(values)),
+                )
+            )
+            connection.execute(sa.insert(ROUND_METRICS), rows)
+
+    def finish(
+        self,
+        round_id: int,
+        state: Literal["done", "failed"],
+        version: str | None = None,
+        error: str | None = None,
+        verdict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End a round; raises RoundConflict if it has ended already, UnknownRound."""
+        row = {
+            "state": state,
+            "version": version,
+            "error": error,
+            "verdict": None if verdict is None else dict(verdict),
+            "ended_at": time.time(),
+        }
+        with self._engine.begin() as connection:
+            before = self._get(connection, round_id)
+            if before.state in ("done", "failed"):
+                raise RoundConflict(f"round {round_id} is {before.state} already")
+            connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(**row))
+
+    def get(self, round_id: int) -> Round:
+        """One round; raises UnknownRound."""
+        with self._engine.connect() as connection:
+            return self._get(connection, round_id)
+
+    def list(self, limit: int = 100) -> list[Round]:
+        """Return the latest `limit` rounds, newest first."""
+        query = sa.select(ROUNDS).order_by(ROUNDS.c.id.desc()).limit(limit)
+        with self._engine.connect() as connection:
+            return [Round(**row._mapping) for row in connection.execute(query)]
+
+    def metrics(self, round_id: int) -> Sequence[Metric]:
+        """All figures of a round, in the order in which they were stored."""
+        columns = [ROUND_METRICS.c[name] for name in ("stage", "step", "name", "value", "at")]
+        query = (
+            sa.select(*columns)
+            .where(ROUND_METRICS.c.round_id == round_id)
+            .order_by(ROUND_METRICS.c.at, ROUND_METRICS.c.stage, ROUND_METRICS.c.step, ROUND_METRICS.c.name)
+        )
+        with self._engine.connect() as connection:
+            return [Metric(**row._mapping) for row in connection.execute(query)]
+
+    def learned_from(self, position: int) -> Sequence[Round]:
+        """Return the rounds that are done and whose slice holds the event at `position`, oldest first."""
+        query = (
+            sa.select(ROUNDS)
+            .where(ROUNDS.c.state == "done", ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
+            .order_by(ROUNDS.c.id)
+        )
+        with self._engine.connect() as connection:
+            return [Round(**row._mapping) for row in connection.execute(query)]
+
+    @staticmethod
+    def _only(connection: sa.Connection, state: RoundState) -> Round | None:
+        row = connection.execute(sa.select(ROUNDS).where(ROUNDS.c.state == state)).first()
+        return Round(**row._mapping) if row else None
+
+    @staticmethod
+    def _get(connection: sa.Connection, round_id: int) -> Round:
+        row = connection.execute(sa.select(ROUNDS).where(ROUNDS.c.id == round_id)).first()
+        if row is None:
+            raise UnknownRound(f"there is no round {round_id}")
+        return Round(**row._mapping)
+
+    @staticmethod
+    def _insert(connection: sa.Connection, row: Mapping[str, Any]) -> int:
+        key = connection.execute(sa.insert(ROUNDS).values(**row)).inserted_primary_key
+        assert key is not None
+        return int(key[0])
+
+    def _require_running(self, connection: sa.Connection, round_id: int) -> None:
+        state = self._get(connection, round_id).state
+        if state != "running":
+            raise RoundConflict(f"round {round_id} is {state}, not running")

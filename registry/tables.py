@@ -1,0 +1,92 @@
+"""The registry's tables: the version log, the replicas' reports, the rounds with their stages and metrics.
+
+Owns the columns only. Rows are written by `registry.registry` and `registry.rounds`; migrations create the
+tables from `METADATA`. What a version is made of stands on disk, beside its weights, not here.
+"""
+
+import sqlalchemy as sa
+
+METADATA = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# Appended to, never changed. The writer picks `sequence` itself (last + 1), so that of two operators who act
+# on the same state the second meets the primary key, looks again and decides again.
+VERSION_LOG = sa.Table(
+    "version_log",
+    METADATA,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("action", sa.String(40), nullable=False),
+    sa.Column("version", sa.String(100), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+)
+
+REPLICAS = sa.Table(
+    "replicas",
+    METADATA,
+    sa.Column("id", sa.String(200), primary_key=True),
+    sa.Column("desired", sa.String(100)),
+    sa.Column("actual", sa.String(100)),
+    sa.Column("state", sa.String(40), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False, default=""),
+    sa.Column("pid", sa.Integer),
+    sa.Column("url", sa.String(500)),
+    sa.Column("seen_at", sa.Float, nullable=False),
+    sa.Column("last_swap_seconds", sa.Float),
+)
+
+ROUNDS = sa.Table(
+    "rounds",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(20), nullable=False),
+    sa.Column("stage", sa.String(60)),
+    sa.Column("cursor", sa.BigInteger),
+    sa.Column("cutoff", sa.BigInteger),
+    sa.Column("config", sa.JSON, nullable=False),
+    sa.Column("config_hash", sa.String(64)),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("version", sa.String(100)),
+    sa.Column("verdict", sa.JSON(none_as_null=True)),
+    sa.Column("error", sa.Text),
+    sa.Column("requested_by", sa.String(200)),
+    sa.Column("requested_at", sa.Float),
+    sa.Column("started_at", sa.Float),
+    sa.Column("ended_at", sa.Float),
+)
+
+# The database itself keeps to one request that waits and one round that runs, whoever races.
+for _state in ("requested", "running"):
+    _only = ROUNDS.c.state == _state
+    sa.Index(
+        f"ix_rounds_one_{_state}", ROUNDS.c.state, unique=True, sqlite_where=_only, postgresql_where=_only
+    )
+
+ROUND_STAGES = sa.Table(
+    "round_stages",
+    METADATA,
+    sa.Column("round_id", sa.Integer, sa.ForeignKey("rounds.id"), primary_key=True),
+    sa.Column("name", sa.String(60), primary_key=True),
+    sa.Column("state", sa.String(20), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+# `value` is null where the figure was not finite: a diverged loss has to be storable, and NaN is not JSON.
+ROUND_METRICS = sa.Table(
+    "round_metrics",
+    METADATA,
+    sa.Column("round_id", sa.Integer, sa.ForeignKey("rounds.id"), primary_key=True),
+    sa.Column("stage", sa.String(60), primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("value", sa.Float),
+    sa.Column("at", sa.Float, nullable=False),
+)
