@@ -1,0 +1,40 @@
+"""The settings of how a candidate is compared with the version in service; read by training and the gate."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvaluationSettings(BaseModel):
+    """Section `[evaluation]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    win_rate_bound: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="A candidate is promoted only if its win rate's lower confidence bound reaches this.",
+    )
+    kl_budget: float = Field(
+        25.0,
+        gt=0,
+        description="How far a candidate may move from the version in service: KL, in nats a response.",
+    )
+    decided_prompts: int = Field(
+        6,
+        ge=2,
+        description="The fewest held-out prompts that must tell the two versions apart for a promotion.",
+    )
+    prompts: int = Field(
+        64, ge=2, description="How many held-out prompts the candidate and the version in service answer."
+    )
+    samples_per_prompt: int = Field(
+        2, ge=1, le=16, description="How many answers each of the two gives to a held-out prompt."
+    )
+    max_tokens: int = Field(64, ge=1, description="The longest answer to a held-out prompt, in tokens.")
+    temperature: float = Field(
+        0.7, ge=0, le=2, description="The sampling temperature of answers to held-out prompts."
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="The confidence level of all intervals.")
+    resamples: int = Field(
+        2000, ge=200, description="How many bootstrap resamples an interval is computed from."
+    )
