@@ -1,8 +1,11 @@
 """What people said of responses: the four feedback types and the envelope that carries one to the store."""
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from feedback.records import canonical_json
 
 Label = Literal[
     "fails_instruction",
@@ -103,7 +106,7 @@ FEEDBACK: TypeAdapter[Thumb | Rating | Ranking | Demonstration] = TypeAdapter(Fe
 
 
 def references(feedback: Feedback) -> list[ChoiceRef]:
-    """The choices that an event speaks of, in its own order; none for a demonstration on `messages`."""
+    """List the choices that an event speaks of, in its own order; none for a demonstration on `messages`."""
     match feedback:
         case Ranking(groups=groups):
             return [ref for group in groups for ref in group]
@@ -114,6 +117,29 @@ def references(feedback: Feedback) -> list[ChoiceRef]:
         case Thumb() | Rating():
             return [ChoiceRef(completion_id=feedback.completion_id, choice=feedback.choice)]
     raise AssertionError(f"unknown feedback {feedback!r}")
+
+
+def target(feedback: Feedback) -> str:
+    """Name what an event judges in one canonical string: a rater's next event on it replaces the earlier.
+
+    A choice is named in clear; a ranking is the set of its responses in whatever order, and a demonstration
+    on `messages` is those messages, both as a digest so that the string stays short enough for an index.
+    """
+    match feedback:
+        case Thumb() | Rating():
+            return f"{feedback.completion_id}#{feedback.choice}"
+        case Demonstration(completion_id=str() as completion_id):
+            return completion_id
+        case Demonstration(messages=messages):
+            return "messages:" + _digest([message.model_dump() for message in messages or []])
+        case Ranking():
+            refs = sorted([ref.completion_id, ref.choice] for ref in references(feedback))
+            return "choices:" + _digest(refs)
+    raise AssertionError(f"unknown feedback {feedback!r}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 class Event(BaseModel):
@@ -131,3 +157,8 @@ class Event(BaseModel):
     source: str = "serving"
     received_at: float
     feedback: Feedback
+
+
+def body_digest(event: Event) -> str:
+    """Digest (SHA-256, hex) what the giver said: equal for a retry of a request, whatever its event id."""
+    return _digest([event.rater, event.source, event.feedback.model_dump(mode="json")])

@@ -3,9 +3,14 @@
 The server writes these, ingest stores them, training reads them. Judgements of them are in `events`.
 """
 
-from typing import Any
+import hashlib
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+_INDEX_LIMIT = 2**31
+Index = Annotated[int, Field(ge=0, lt=_INDEX_LIMIT)]
 
 
 class WeightSpan(BaseModel):
@@ -26,9 +31,9 @@ class Choice(BaseModel):
     entry a sampled token (logprobs in nats); both are empty for imported text.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    index: int
+    index: Index
     text: str
     token_ids: list[int] = []
     logprobs: list[float] = []
@@ -40,16 +45,18 @@ class Completion(BaseModel):
     """One prompt and the choices that were sampled for it.
 
     `id` is the id that the client saw (`chatcmpl-…`, `cmpl-…`, `resp_…`); `part` is the prompt's position
-    in a request with several prompts, else 0. `messages` or `prompt` is what the client sent,
+    in a request with several prompts, else 0; `parts` is how many prompts that request had, where the
+    recorder knows it. `messages` or `prompt` is what the client sent,
     `prompt_token_ids` what the engine saw (empty for imported text). `key_id` names the caller's key,
     `user` the caller's end user where it named one, `source` is `serving` or an import's name.
     `created_at` is in Unix seconds.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     id: str
-    part: int = 0
+    part: Index = 0
+    parts: Annotated[int, Field(ge=1, lt=_INDEX_LIMIT)] | None = None
     key_id: str
     user: str | None = None
     source: str = "serving"
@@ -61,3 +68,22 @@ class Completion(BaseModel):
     prompt_token_ids: list[int] = []
     sampling: dict[str, Any] = {}
     choices: list[Choice]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def prompt_hash(completion: Completion) -> str:
+    """Define "one prompt": the SHA-256 (hex) of the tokens that the engine saw, else of the client's text.
+
+    Two completions answer the same prompt exactly when their hashes are equal.
+    """
+    if completion.prompt_token_ids:
+        kind, value = "tokens", canonical_json(completion.prompt_token_ids)
+    elif completion.messages is not None:
+        kind, value = "messages", canonical_json(completion.messages)
+    else:
+        kind, value = "prompt", completion.prompt or ""
+    return hashlib.sha256(f"{kind}:{value}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,274 @@
+"""One ingest transaction: which completions and events are new, and what becomes of the events.
+
+It runs inside a transaction that `store` opens and commits. Idempotent: what is there changes nothing.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from feedback import tables
+from feedback.events import Event, references
+from feedback.records import Completion
+from feedback.resolution import Part, resolve
+from feedback.rows import choice_rows, completion_row, event_of, event_row
+
+# Bound parameters of one statement; SQLite takes 32,766, Postgres 65,535.
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """An entry that can't be stored, and why."""
+
+    entry_id: str
+    kind: str
+    data: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IngestCounts:
+    """What one batch did. `resolved` of the events stored or rejected had been waiting before."""
+
+    completions: int = 0
+    stored: int = 0
+    waiting: int = 0
+    rejected: int = 0
+    superseded: int = 0
+    resolved: int = 0
+    duplicates: int = 0
+    dead_letters: int = 0
+
+    def __add__(self, other: "IngestCounts") -> "IngestCounts":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return IngestCounts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """An event to decide on: new, or waiting in the table (`known`); `expired` has waited long enough."""
+
+    event: Event
+    known: bool
+    expired: bool = False
+
+
+@dataclass(slots=True)
+class _Holder:
+    """The current event of a rater on a target."""
+
+    event_id: str
+    received_at: float
+
+
+class Intake:
+    """Takes one batch into the database over an open transaction. `now` is in Unix seconds."""
+
+    def __init__(self, connection: Connection, *, now: float, waiting_hours: float) -> None:
+        self._connection = connection
+        self._now = now
+        self._expired_before = now - waiting_hours * 3600
+        self._position = 0
+
+    def take(
+        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
+    ) -> IngestCounts:
+        """Store what is new, in order, and settle the events that waited for it."""
+        self._lock()
+        fresh = self._add_completions(completions)
+        new = self._unknown(events)
+        waiting = self._due({completion.id for completion in fresh})
+        candidates = waiting + [_Candidate(event, known=False) for event in new]
+        counts = self._settle(candidates)
+        self._unlock()
+        return counts + IngestCounts(
+            completions=len(fresh),
+            duplicates=len(completions) - len(fresh) + len(events) - len(new),
+            dead_letters=self._bury(letters),
+        )
+
+    def _lock(self) -> None:
+        """Make ingest transactions take turns (SQLite's BEGIN IMMEDIATE already has)."""
+        row = sa.select(tables.counter.c.value).where(tables.counter.c.name == "position").with_for_update()
+        self._position = self._connection.execute(row).scalar_one()
+
+    def _unlock(self) -> None:
+        row = sa.update(tables.counter).where(tables.counter.c.name == "position")
+        self._connection.execute(row.values(value=self._position))
+
+    def _add_completions(self, completions: Sequence[Completion]) -> list[Completion]:
+        ids = {completion.id for completion in completions}
+        table = tables.completions
+        seen = {
+            (row.id, row.part) for row in self._select(sa.select(table.c.id, table.c.part), table.c.id, ids)
+        }
+        fresh = []
+        for completion in completions:
+            if (completion.id, completion.part) not in seen:
+                seen.add((completion.id, completion.part))
+                fresh.append(completion)
+        self._insert(table, [completion_row(completion) for completion in fresh])
+        self._insert(tables.choices, [row for completion in fresh for row in choice_rows(completion)])
+        return fresh
+
+    def _unknown(self, events: Sequence[Event]) -> list[Event]:
+        column = tables.events.c.event_id
+        seen = {row.event_id for row in self._select(sa.select(column), column, {e.event_id for e in events})}
+        new = []
+        for event in events:
+            if event.event_id not in seen:
+                seen.add(event.event_id)
+                new.append(event)
+        return new
+
+    def _due(self, completion_ids: set[str]) -> list[_Candidate]:
+        """Find waiting events of which a completion has just come, or whose time is up; oldest first."""
+        events, targets = tables.events, tables.event_targets
+        joined = sa.select(events).join(targets, targets.c.event_id == events.c.event_id)
+        waiting = events.c.status == "waiting"
+        rows = list(self._select(joined.where(waiting), targets.c.completion_id, completion_ids))
+        rows += self._connection.execute(
+            sa.select(events).where(waiting, events.c.ingested_at < self._expired_before)
+        )
+        unique = {row.event_id: row for row in rows}
+        ordered = sorted(unique.values(), key=lambda row: (row.ingested_at, row.received_at, row.event_id))
+        return [
+            _Candidate(event_of(row), known=True, expired=row.ingested_at < self._expired_before)
+            for row in ordered
+        ]
+
+    def _settle(self, candidates: Sequence[_Candidate]) -> IngestCounts:
+        """Decide every candidate in order and write the decisions."""
+        known = self._parts({r.completion_id for c in candidates for r in references(c.event.feedback)})
+        rows = [self._decided(candidate, known) for candidate in candidates]
+        superseded = self._supersede([row for row in rows if row["status"] == "stored"])
+        # Earlier holders first: the index of current events allows one at a time.
+        self._update(superseded)
+        new = [row for row, c in zip(rows, candidates, strict=True) if not c.known]
+        settled = [
+            {name: row[name] for name in ("event_id", "status", "reason", *_SUPERSEDING)}
+            for row, c in zip(rows, candidates, strict=True)
+            if c.known and row["status"] != "waiting"
+        ]
+        self._insert(tables.events, new)
+        self._insert(tables.event_targets, _target_rows([c.event for c in candidates if not c.known]))
+        self._update(settled)
+        status = [row["status"] for row in rows]
+        return IngestCounts(
+            stored=status.count("stored") + status.count("superseded"),
+            waiting=sum(row["status"] == "waiting" for row in new),
+            rejected=status.count("rejected"),
+            superseded=len(superseded) + status.count("superseded"),
+            resolved=len(settled),
+        )
+
+    def _decided(self, candidate: _Candidate, known: Mapping[str, list[Part]]) -> dict[str, Any]:
+        outcome = resolve(candidate.event.feedback, known)
+        status = "rejected" if candidate.expired and outcome.status == "waiting" else outcome.status
+        reason = outcome.reason if status == "rejected" else None
+        decided = {"ingested_at": self._now, "status": status, "reason": reason}
+        return event_row(candidate.event) | decided | dict.fromkeys(_SUPERSEDING)
+
+    def _supersede(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Give each row its position; where a rater spoke twice of a target, the later received one counts.
+
+        Changes `rows` and returns the changes to events that were current before this batch.
+        """
+        holders = self._holders({row["target"] for row in rows})
+        in_batch = {row["event_id"]: row for row in rows}
+        changes = []
+        for row in rows:
+            self._position += 1
+            row["position"] = self._position
+            holder = holders.get((row["rater"], row["type"], row["target"]))
+            if holder is not None and holder.received_at > row["received_at"]:
+                row.update(_superseded(holder.event_id, self._position))
+                continue
+            holders[row["rater"], row["type"], row["target"]] = _Holder(row["event_id"], row["received_at"])
+            if holder is None:
+                continue
+            change = _superseded(row["event_id"], self._position)
+            if holder.event_id in in_batch:
+                in_batch[holder.event_id].update(change)
+            else:
+                changes.append({"event_id": holder.event_id} | change)
+        return changes
+
+    def _holders(self, targets: set[str]) -> dict[tuple[str, str, str], _Holder]:
+        events = tables.events
+        current = sa.select(events).where(events.c.status == "stored")
+        return {
+            (row.rater, row.type, row.target): _Holder(row.event_id, row.received_at)
+            for row in self._select(current, events.c.target, targets)
+        }
+
+    def _parts(self, completion_ids: set[str]) -> dict[str, list[Part]]:
+        columns = tables.completions.c
+        query = sa.select(columns.id, columns.part, columns.parts, columns.prompt_hash)
+        indexes = sa.select(tables.choices.c.completion_id, tables.choices.c.part, tables.choices.c["index"])
+        choices: dict[tuple[str, int], set[int]] = {}
+        for row in self._select(indexes, tables.choices.c.completion_id, completion_ids):
+            choices.setdefault((row.completion_id, row.part), set()).add(row._mapping["index"])
+        known: dict[str, list[Part]] = {}
+        for row in self._select(query, columns.id, completion_ids):
+            found = frozenset(choices.get((row.id, row.part), ()))
+            known.setdefault(row.id, []).append(Part(row.part, row.parts, row.prompt_hash, found))
+        return known
+
+    def _bury(self, letters: Sequence[Letter]) -> int:
+        table = tables.dead_letters
+        rows = {_digest(letter): dataclasses.asdict(letter) for letter in letters}
+        seen = {row.digest for row in self._select(sa.select(table.c.digest), table.c.digest, set(rows))}
+        fresh = [
+            row | {"digest": digest, "at": self._now} for digest, row in rows.items() if digest not in seen
+        ]
+        self._insert(table, fresh)
+        return len(fresh)
+
+    def _select(
+        self, query: sa.Select[Any], column: sa.ColumnElement[str], values: set[str]
+    ) -> Iterator[sa.Row[Any]]:
+        """Rows where `column` is one of `values`, in as many statements as it takes."""
+        ordered = sorted(values)
+        for start in range(0, len(ordered), _CHUNK):
+            yield from self._connection.execute(query.where(column.in_(ordered[start : start + _CHUNK])))
+
+    def _insert(self, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
+        if rows:
+            self._connection.execute(sa.insert(table), list(rows))
+
+    def _update(self, changes: Sequence[dict[str, Any]]) -> None:
+        if not changes:
+            return
+        names = [name for name in changes[0] if name != "event_id"]
+        statement = sa.update(tables.events).where(tables.events.c.event_id == sa.bindparam("changed"))
+        rows = [
+            {"changed": change["event_id"]} | {f"new_{n}": change[n] for n in names} for change in changes
+        ]
+        self._connection.execute(statement.values({n: sa.bindparam(f"new_{n}") for n in names}), rows)
+
+
+_SUPERSEDING = ("position", "superseded_by", "superseded_position")
+
+
+def _superseded(by: str, position: int) -> dict[str, Any]:
+    return {"status": "superseded", "superseded_by": by, "superseded_position": position}
+
+
+def _target_rows(events: Sequence[Event]) -> list[dict[str, str]]:
+    return [
+        {"event_id": event.event_id, "completion_id": completion_id}
+        for event in events
+        for completion_id in sorted({ref.completion_id for ref in references(event.feedback)})
+    ]
+
+
+def _digest(letter: Letter) -> str:
+    framed = f"{letter.entry_id}\0{letter.kind}\0".encode("utf-8", "surrogatepass") + letter.data
+    return hashlib.sha256(framed).hexdigest()

@@ -1,0 +1,240 @@
+"""The memory: completions, what people said of them, and what became of what they said.
+
+It takes entries in and answers questions about them. It never touches the queue (`ingest` does), and what a
+training round makes of a slice is the round's affair. The database must be migrated.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection, Engine
+
+from feedback import tables
+from feedback.events import Event, references
+from feedback.intake import IngestCounts, Intake, Letter
+from feedback.queue import Entry
+from feedback.records import Completion
+from feedback.resolution import Status
+from feedback.rows import completion_of, event_of, without_nul
+
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An event and what became of it.
+
+    `waiting`: the record of its completion has not come. `stored`: it counts, from `position` on.
+    `superseded`: it counted until `superseded_by` came, of the same rater on the same target. `rejected`: it
+    never counts, for `reason`.
+    """
+
+    event: Event
+    status: Status
+    reason: str | None = None
+    position: int | None = None
+    superseded_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The events of `(cursor, cutoff]` in order of position, and all parts of each completion they judge."""
+
+    events: list[Event]
+    completions: dict[str, list[Completion]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A queue entry that could not be stored. `at` is in Unix seconds."""
+
+    entry_id: str
+    kind: str
+    data: bytes
+    reason: str
+    at: float
+
+
+class Store:
+    """The feedback tables of one database; safe to share between threads.
+
+    `waiting_hours` is how long an event waits for its completion, `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self, engine: Engine, waiting_hours: float = 24.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(read_only=True)
+        self._waiting_hours = waiting_hours
+        self._clock = clock
+
+    def ingest(self, entries: Sequence[Entry]) -> IngestCounts:
+        """Store a batch in one transaction; once it returns, the batch is committed.
+
+        Idempotent: a completion (by id and part) or an event (by id) that is there already changes nothing.
+        What can't be parsed, or what the database can't hold, becomes a dead letter and blocks nothing else.
+        Raises sqlalchemy.exc.SQLAlchemyError when the database is away; nothing is stored then.
+        """
+        completions, events, letters = _parse(entries)
+        try:
+            return self._commit(completions, events, letters)
+        except exc.StatementError as problem:
+            if not _blames_the_data(problem):
+                raise
+        # Find the one to blame by storing each by itself; the others get in.
+        counts = self._commit([], [], letters)
+        for entry in entries:
+            counts += self._ingest_alone(entry)
+        return counts
+
+    def completion(self, id: str) -> list[Completion]:
+        """Return the recorded parts of a completion in order; [] if it is unknown."""
+        with self._reader.connect() as connection:
+            return _completions(connection, [id]).get(id, [])
+
+    def event(self, event_id: str) -> StoredEvent | None:
+        """Return an event and what became of it; None if it is unknown here."""
+        query = sa.select(tables.events).where(tables.events.c.event_id == event_id)
+        with self._reader.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _stored(row)
+
+    def events_of(self, completion_id: str) -> list[StoredEvent]:
+        """List the events that judge a completion, in the order in which they were received."""
+        events, targets = tables.events, tables.event_targets
+        query = (
+            sa.select(events)
+            .join(targets, targets.c.event_id == events.c.event_id)
+            .where(targets.c.completion_id == completion_id)
+            .order_by(events.c.received_at, events.c.event_id)
+        )
+        with self._reader.connect() as connection:
+            return [_stored(row) for row in connection.execute(query)]
+
+    def head(self) -> int:
+        """Return the greatest position; 0 if no event is stored."""
+        query = sa.select(tables.counter.c.value).where(tables.counter.c.name == "position")
+        with self._reader.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
+        """Return the events with `cursor < position <= cutoff` that count at `as_of` (a position; else `cutoff`).
+
+        The same numbers give the same slice for ever: an event that is superseded later was not at `as_of`.
+        """
+        columns = tables.events.c
+        seen_from = cutoff if as_of is None else as_of
+        counts = sa.or_(columns.superseded_position.is_(None), columns.superseded_position > seen_from)
+        query = (
+            sa.select(tables.events)
+            .where(columns.position > cursor, columns.position <= cutoff, counts)
+            .order_by(columns.position)
+        )
+        with self._reader.connect() as connection:
+            events = [event_of(row) for row in connection.execute(query)]
+            ids = {ref.completion_id for event in events for ref in references(event.feedback)}
+            return Slice(events=events, completions=_completions(connection, sorted(ids)))
+
+    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """List the latest dead letters, newest first."""
+        table = tables.dead_letters
+        query = sa.select(table).order_by(table.c.at.desc(), table.c.entry_id.desc()).limit(limit)
+        with self._reader.connect() as connection:
+            return [
+                DeadLetter(row.entry_id, row.kind, row.data, row.reason, row.at)
+                for row in connection.execute(query)
+            ]
+
+    def counts(self) -> dict[str, int]:
+        """Count the records of completions, the events of each status, and the dead letters."""
+        by_status = sa.select(tables.events.c.status, sa.func.count()).group_by(tables.events.c.status)
+        with self._reader.connect() as connection:
+            counts = {"completions": _size(connection, tables.completions)}
+            counts |= dict.fromkeys(("waiting", "stored", "superseded", "rejected"), 0)
+            counts |= {status: count for status, count in connection.execute(by_status)}
+            return counts | {"dead_letters": _size(connection, tables.dead_letters)}
+
+    def _commit(
+        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
+    ) -> IngestCounts:
+        with self._engine.begin() as connection:
+            intake = Intake(connection, now=self._clock(), waiting_hours=self._waiting_hours)
+            return intake.take(completions, events, letters)
+
+    def _ingest_alone(self, entry: Entry) -> IngestCounts:
+        completions, events, _ = _parse([entry])
+        try:
+            return self._commit(completions, events, [])
+        except exc.StatementError as problem:
+            if not _blames_the_data(problem):
+                raise
+            letter = Letter(entry.id, entry.kind, entry.data, f"the database refused it: {problem.orig}")
+            return self._commit([], [], [letter])
+
+
+def _parse(entries: Iterable[Entry]) -> tuple[list[Completion], list[Event], list[Letter]]:
+    completions, events, letters = [], [], []
+    for entry in entries:
+        try:
+            match entry.kind:
+                case "completion":
+                    completions.append(Completion.model_validate_json(without_nul(entry.data)))
+                case "event":
+                    events.append(Event.model_validate_json(without_nul(entry.data)))
+                case _:
+                    reason = f"kind {entry.kind!r} is neither completion nor event"
+                    letters.append(Letter(entry.id, entry.kind, entry.data, reason))
+        except (ValidationError, ValueError, RecursionError) as problem:
+            letters.append(Letter(entry.id, entry.kind, entry.data, _first_line(problem)))
+    return completions, events, letters
+
+
+def _first_line(problem: Exception) -> str:
+    if isinstance(problem, ValidationError):
+        first = problem.errors(include_url=False, include_input=False)[0]
+        return ".".join(str(step) for step in first["loc"]) + ": " + first["msg"]
+    return str(problem)
+
+
+def _blames_the_data(problem: exc.StatementError) -> bool:
+    """Tell a value that the database can't hold from a database that is away, locked or full."""
+    if isinstance(problem, exc.DBAPIError):
+        return isinstance(problem, exc.DataError | exc.IntegrityError)
+    return isinstance(problem.orig, ValueError | TypeError | OverflowError)
+
+
+def _stored(row: sa.Row[Any]) -> StoredEvent:
+    return StoredEvent(
+        event=event_of(row),
+        status=row.status,
+        reason=row.reason,
+        position=row.position,
+        superseded_by=row.superseded_by,
+    )
+
+
+def _completions(connection: Connection, ids: Sequence[str]) -> dict[str, list[Completion]]:
+    """Load all parts of the completions that are there, in a few statements."""
+    found: dict[str, list[Completion]] = {}
+    completions, choices = tables.completions, tables.choices
+    for start in range(0, len(ids), _CHUNK):
+        chunk = ids[start : start + _CHUNK]
+        mine: dict[tuple[str, int], list[sa.Row[Any]]] = {}
+        for row in connection.execute(
+            sa.select(choices).where(choices.c.completion_id.in_(chunk)).order_by(choices.c.index)
+        ):
+            mine.setdefault((row.completion_id, row.part), []).append(row)
+        query = sa.select(completions).where(completions.c.id.in_(chunk)).order_by(completions.c.part)
+        for row in connection.execute(query):
+            found.setdefault(row.id, []).append(completion_of(row, mine.get((row.id, row.part), [])))
+    return found
+
+
+def _size(connection: Connection, table: sa.Table) -> int:
+    return connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()

@@ -1,0 +1,154 @@
+"""The tables of completions, feedback and API keys; `store` and `keys` read and write them."""
+
+import sys
+from array import array
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+METADATA = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class Packed(sa.types.TypeDecorator[list[Any]]):
+    """A list of numbers as little-endian bytes: a quarter of its JSON, exact, and open to infinities.
+
+    `i` packs token ids as int32, `d` packs logprobs as float64.
+    """
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def __init__(self, typecode: Literal["i", "d"]) -> None:
+        super().__init__()
+        self.typecode = typecode
+
+    def process_bind_param(self, value: list[Any] | None, dialect: Dialect) -> bytes | None:
+        """Pack; raises OverflowError for a number that doesn't fit."""
+        return None if value is None else _little_endian(array(self.typecode, value)).tobytes()
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[Any] | None:
+        """Unpack."""
+        if value is None:
+            return None
+        numbers = array(self.typecode)
+        numbers.frombytes(value)
+        return _little_endian(numbers).tolist()
+
+
+def _little_endian(numbers: "array[Any]") -> "array[Any]":
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+completions = sa.Table(
+    "completions",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True),
+    sa.Column("parts", sa.Integer),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("user", sa.Text),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("latency_seconds", sa.Double, nullable=False),
+    sa.Column("messages", sa.JSON(none_as_null=True)),
+    sa.Column("prompt", sa.Text),
+    sa.Column("prompt_token_ids", Packed("i"), nullable=False),
+    sa.Column("prompt_hash", sa.String(64), nullable=False, index=True),
+    sa.Column("sampling", sa.JSON, nullable=False),
+)
+
+choices = sa.Table(
+    "choices",
+    METADATA,
+    sa.Column("completion_id", sa.Text, primary_key=True),
+    sa.Column("index", sa.Integer, primary_key=True),
+    sa.Column("part", sa.Integer, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("token_ids", Packed("i"), nullable=False),
+    sa.Column("logprobs", Packed("d"), nullable=False),
+    sa.Column("finish_reason", sa.Text),
+    sa.Column("weight_spans", sa.JSON, nullable=False),
+    sa.ForeignKeyConstraint(["completion_id", "part"], ["completions.id", "completions.part"]),
+)
+
+events = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("event_id", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("rater", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("type", sa.String(20), nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("feedback", sa.JSON, nullable=False),
+    sa.Column("received_at", sa.Double, nullable=False),
+    sa.Column("ingested_at", sa.Double, nullable=False),
+    sa.Column("status", sa.String(20), nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("position", sa.BigInteger, unique=True),
+    sa.Column("superseded_by", sa.Text),
+    sa.Column("superseded_position", sa.BigInteger),
+    sa.CheckConstraint("status IN ('waiting', 'stored', 'superseded', 'rejected')", name="status"),
+    sa.Index("ix_events_status_ingested_at", "status", "ingested_at"),
+    # The database itself refuses a second current event of one rater on one target.
+    sa.Index(
+        "uq_events_current",
+        "target",
+        "rater",
+        "type",
+        unique=True,
+        sqlite_where=sa.text("status = 'stored'"),
+        postgresql_where=sa.text("status = 'stored'"),
+    ),
+)
+
+# No foreign key to completions: an event may arrive before the record of its completion.
+event_targets = sa.Table(
+    "event_targets",
+    METADATA,
+    sa.Column("completion_id", sa.Text, primary_key=True),
+    sa.Column("event_id", sa.Text, sa.ForeignKey("events.event_id"), primary_key=True),
+)
+
+# One row, `position`. Its lock makes ingest transactions take turns, so that positions commit in order.
+counter = sa.Table(
+    "counter",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    METADATA,
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("entry_id", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False, index=True),
+)
+
+keys = sa.Table(
+    "keys",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("role", sa.String(20), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("secret_sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("revoked_at", sa.Double),
+    sa.CheckConstraint("role IN ('client', 'rater', 'operator')", name="role"),
+)
