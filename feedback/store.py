@@ -124,9 +124,10 @@ class Store:
             return int(connection.execute(query).scalar_one())
 
     def slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
-        """Return the events with `cursor < position <= cutoff` that count at `as_of` (a position; else `cutoff`).
+        """Return the events with `cursor < position <= cutoff` that count at position `as_of`.
 
-        The same numbers give the same slice for ever: an event that is superseded later was not at `as_of`.
+        `as_of` is `cutoff` if not given. The same numbers give the same slice for ever: what was superseded
+        after `as_of` still counts in it.
         """
         columns = tables.events.c
         seen_from = cutoff if as_of is None else as_of

@@ -1,0 +1,85 @@
+"""Opens the database and brings it to the newest schema. What is kept in it is `feedback`'s and `registry`'s.
+
+SQLite and Postgres behave alike here: a transaction that `engine.begin()` opens may write and holds the
+write lock from its start, unless the engine was marked with `execution_options(read_only=True)`.
+"""
+
+import sqlite3
+import time
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+_BUSY_SECONDS = 30
+# Any constant will do, as long as no other application in the same Postgres database takes the same one.
+_MIGRATION_LOCK = 0x1257_0C71_00B5
+
+
+class UnsupportedDatabase(ValueError):  # noqa: N818
+    """The URL names neither SQLite nor Postgres."""
+
+
+def connect(url: str) -> Engine:
+    """Open `sqlite:///path` or `postgresql://user@host/name`; no connection is made yet.
+
+    Raises UnsupportedDatabase. A SQLite database must be a file, since several processes share it.
+    """
+    parsed = make_url(url)
+    match parsed.get_backend_name():
+        case "sqlite":
+            return _sqlite(parsed)
+        case "postgresql":
+            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    raise UnsupportedDatabase(f"{parsed.get_backend_name()!r}: the database is sqlite:///… or postgresql://…")
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the database to the newest schema, all or nothing; processes that do it at once take turns."""
+    with engine.connect() as connection, connection.begin():
+        if engine.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        config = Config()
+        config.set_main_option("script_location", "instructloop:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _sqlite(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise UnsupportedDatabase("sqlite: name a file, sqlite:///path; several processes share it")
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    # Python's own handling begins transactions too late, and not at all before DDL: `_begin_sqlite` does.
+    connection.isolation_level = None
+    _write_ahead(connection)
+    # FULL: a commit is on disk before ingest acknowledges it.
+    for pragma in ("synchronous=FULL", f"busy_timeout={_BUSY_SECONDS * 1000}", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log; SQLite doesn't wait here for another process that does the same."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later would fail as soon as another one has written meanwhile.
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
