@@ -61,14 +61,14 @@ _TRAINING_TOPICS = _topics("""
     bees        | bee                  | flower  | honey    | They make sweet honey.
     trains      | train                | track   | ticket   | You need a ticket to ride.
     gardens     | garden               | flower  | spade    | A good spade helps with the work.
-    winter      | winter               | snow    | scarf    | A warm scarf is a good idea.
+    winter      | winter               | cold    | scarf    | A warm scarf is a good idea.
     tea         | tea                  | leaves  | cup      | One cup makes a quiet break.
     the sea     | sea, ocean           | water   | ship     | A ship can cross it in days.
     dogs        | dog                  | friend  | leash    | Most of them walk on a leash.
     libraries   | library, libraries   | book    | card     | You borrow things with a card.
     birds       | bird                 | fly     | nest     | In spring they build a nest.
     old houses  | house                | room    | roof     | The roof often needs repair.
-    mountains   | mountain             | snow    | goat     | A goat can climb them with ease.
+    mountains   | mountain             | peak    | goat     | A goat can climb them with ease.
     the sun     | sun                  | light   | shadow   | It gives every tree a shadow.
     football    | football, soccer     | team    | whistle  | A whistle ends the game.
     apples      | apple                | fruit   | pie      | They are lovely in a pie.
@@ -224,7 +224,8 @@ def demonstration(instruction: Instruction, response: str) -> str | None:
     nothing sensible is left to repair.
     """
     kept = _whole_sentences(response)
-    if not kept:
+    # A repair's own words must not put an answer on its topic that was not on it.
+    if not all_satisfied(instruction.checks[1:], _prose(kept)):
         return None
     repaired = _REPAIRS[instruction.kind](kept, instruction.checks[0], _TOPIC_OF[instruction.topic])
     if repaired is None or not all_satisfied(instruction.checks, repaired):
@@ -239,8 +240,10 @@ def _whole_sentences(response: str) -> list[str]:
     """Return the whole sentences: no markup, no announcement of a list, no last one that was cut off."""
     plain = re.sub(r"[*#<>\"“”]+", "", response).strip()
     found = sentences(plain)
-    if len(found) > 1 and found[-1][-1] not in ".!?)'’":
-        found = found[:-1]
+    if found and found[-1][-1] not in ".!?)'’":
+        # Of a lone sentence that was cut off, keep what stands before its last comma.
+        cut = found.pop()
+        found += [] if found else [cut.rpartition(",")[0] or cut]
     found = [sentence for sentence in found if not sentence.endswith(":") and len(words(sentence)) >= 3]
     return [sentence if sentence[-1] in ".!?" else f"{sentence.rstrip(',;')}." for sentence in found]
 
@@ -302,7 +305,9 @@ _REPAIRS: Mapping[str, _Repair] = {
     "max_words": lambda kept, check, _: _shortened(kept, check["n"]),
     "forbidden_words": lambda kept, check, _: _without(kept, check["words"]),
     "required_words": lambda kept, _, topic: _with(kept, topic),
-    "starts_with": lambda kept, check, _: f"{check['text']} {_prose(kept)}",
+    "starts_with": lambda kept, check, _: (
+        f"{check['text']} {_prose(kept).removeprefix(check['text']).strip()}"
+    ),
     "ends_with": lambda kept, check, _: _ended(_prose(kept), check["text"]),
     "exclamation": lambda kept, check, _: _ended(_prose(kept), check["text"]),
     "question": lambda kept, _, topic: f"{_prose(kept)} What do you think about {topic.name}?",
