@@ -97,6 +97,8 @@ class Registry:
 
     def __init__(self, engine: sa.Engine, root: Path) -> None:
         self._engine = engine
+        # Reads say so: they then need no write lock on SQLite.
+        self._reader = engine.execution_options(read_only=True)
         self._root = root
 
     # -- versions on disk
@@ -205,7 +207,7 @@ class Registry:
     def log(self, limit: int = 100) -> list[LogEntry]:
         """Return the latest `limit` entries, oldest of them first."""
         query = sa.select(VERSION_LOG).order_by(VERSION_LOG.c.sequence.desc()).limit(limit)
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return [LogEntry(**row._mapping) for row in connection.execute(query)][::-1]
 
     # -- replicas
@@ -228,14 +230,14 @@ class Registry:
 
     def replicas(self) -> list[Replica]:
         """Every replica's last report, by id."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             rows = connection.execute(sa.select(REPLICAS).order_by(REPLICAS.c.id))
             return [Replica(**row._mapping) for row in rows]
 
     # -- within
 
     def _fleet(self) -> Fleet:
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return fold(self._entries(connection))
 
     @staticmethod

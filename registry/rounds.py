@@ -73,6 +73,8 @@ class Rounds:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+        # Reads say so: they then need no write lock on SQLite.
+        self._reader = engine.execution_options(read_only=True)
 
     def request(self, actor: str) -> int:
         """Ask for a round and return its id; while a request waits, it is that one."""
@@ -85,7 +87,7 @@ class Rounds:
                 return self._insert(connection, row)
         except sa.exc.IntegrityError:
             # Another request came in between; its row is committed now.
-            with self._engine.connect() as connection:
+            with self._reader.connect() as connection:
                 waiting = self._only(connection, "requested")
             if waiting is None:
                 raise
@@ -93,7 +95,7 @@ class Rounds:
 
     def requested(self) -> Round | None:
         """Return the request that waits, if any."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return self._only(connection, "requested")
 
     def begin(self, cursor: int, cutoff: int, config: Mapping[str, Any], seed: int) -> Round:
@@ -122,13 +124,13 @@ class Rounds:
 
     def unfinished(self) -> Round | None:
         """Return the round that runs, or that ran when its trainer was killed."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return self._only(connection, "running")
 
     def last_done(self) -> Round | None:
         """Return the latest round that came to its end; the next one's cursor is its cutoff."""
         query = sa.select(ROUNDS).where(ROUNDS.c.state == "done").order_by(ROUNDS.c.id.desc()).limit(1)
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             row = connection.execute(query).first()
         return Round(**row._mapping) if row else None
 
@@ -149,7 +151,7 @@ class Rounds:
             .where(ROUND_STAGES.c.round_id == round_id)
             .order_by(ROUND_STAGES.c.at)
         )
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return {row.name: row.state for row in connection.execute(query)}
 
     def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -203,13 +205,13 @@ class Rounds:
 
     def get(self, round_id: int) -> Round:
         """One round; raises UnknownRound."""
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return self._get(connection, round_id)
 
     def list(self, limit: int = 100) -> list[Round]:
         """Return the latest `limit` rounds, newest first."""
         query = sa.select(ROUNDS).order_by(ROUNDS.c.id.desc()).limit(limit)
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return [Round(**row._mapping) for row in connection.execute(query)]
 
     def metrics(self, round_id: int) -> Sequence[Metric]:
@@ -220,7 +222,7 @@ class Rounds:
             .where(ROUND_METRICS.c.round_id == round_id)
             .order_by(ROUND_METRICS.c.at, ROUND_METRICS.c.stage, ROUND_METRICS.c.step, ROUND_METRICS.c.name)
         )
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return [Metric(**row._mapping) for row in connection.execute(query)]
 
     def learned_from(self, position: int) -> Sequence[Round]:
@@ -230,7 +232,7 @@ class Rounds:
             .where(ROUNDS.c.state == "done", ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
             .order_by(ROUNDS.c.id)
         )
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             return [Round(**row._mapping) for row in connection.execute(query)]
 
     @staticmethod
