@@ -1,4 +1,4 @@
-"""Write requirements.lock: the pinned closure of pyproject.toml's dependencies as installed in this environment.
+"""Write requirements.lock: the pinned closure of pyproject.toml's dependencies as installed here.
 
 It reads what is installed and resolves nothing itself: install or upgrade first, then run `make lock`.
 The closure is that of the plain dependencies with the `cpu` and `dev` extras, on the platform it runs on.
@@ -27,12 +27,12 @@ HEADER = """\
 
 
 def canonical(name: str) -> str:
-    """The name as package indexes compare it (PEP 503)."""
+    """Return the name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def closure(roots: list[Requirement]) -> tuple[dict[str, str], list[str]]:
-    """Follow the requirements of `roots` through the installed distributions: name -> version, and who is missing."""
+    """Follow the requirements of `roots`: the installed versions by name, and what is missing."""
     versions: dict[str, str] = {}
     missing: list[str] = []
     seen: set[tuple[str, str]] = set()
@@ -68,12 +68,12 @@ def main() -> int:
     texts += project["build-system"]["requires"]
     versions, missing = closure([Requirement(text) for text in texts])
     if missing:
-        print("not installed, or at another version:\n  " + "\n  ".join(sorted(missing)), file=sys.stderr)
+        print("not installed, or at another version:\n  " + "\n  ".join(sorted(missing)), file=sys.stderr)  # noqa: T201
         return 1
     versions[FILE_ONLY] = FILE_ONLY_VERSION
     lines = [f"{name}=={version}\n" for name, version in sorted(versions.items())]
     (root / "requirements.lock").write_text(HEADER + "".join(lines))
-    print(f"requirements.lock: {len(lines)} packages")
+    print(f"requirements.lock: {len(lines)} packages")  # noqa: T201
     return 0
 
 

@@ -1,0 +1,46 @@
+# `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
+# Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
+
+.PHONY: up test lint format defaults lock clean
+export TORCH_INDEX PYTHON
+
+PACKAGES := instructloop feedback registry evaluation training server
+RUN := .venv/bin/python -m
+
+# exec: Ctrl-C reaches `up` alone, which stops what it started.
+up: .venv/.installed
+	@exec $(RUN) instructloop.cli up
+
+.venv/.installed: requirements.lock pyproject.toml docker/install.sh
+	@docker/install.sh
+
+lint: .venv/.installed
+	@echo '==> ruff'
+	@$(RUN) ruff check $(PACKAGES) tests docker
+	@$(RUN) ruff format --check $(PACKAGES) tests docker
+	@echo '==> mypy'
+	@$(RUN) mypy
+
+test: lint
+	@echo '==> unit tests'
+	@$(RUN) pytest tests/unit
+	@echo '==> integration tests: the real engine, Redis and database'
+	@$(RUN) pytest -v tests/integration
+	@echo '==> end-to-end tests: a real `instructloop up`'
+	@$(RUN) pytest -v tests/e2e
+
+format: .venv/.installed
+	@$(RUN) ruff check --fix $(PACKAGES) tests docker
+	@$(RUN) ruff format $(PACKAGES) tests docker
+
+# After a change of settings: write their defaults and descriptions to the shipped file.
+defaults: .venv/.installed
+	@.venv/bin/python -c 'from instructloop.config import defaults_toml as text; print(text(), end="")' > instructloop/defaults.toml.new
+	@mv instructloop/defaults.toml.new instructloop/defaults.toml
+
+# After an upgrade in .venv: pin what is installed.
+lock:
+	@.venv/bin/python docker/lock.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

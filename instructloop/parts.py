@@ -1,0 +1,134 @@
+"""Runs one part of the system in this process: gives its entry point the settings and connections it needs.
+
+It holds the wiring and no logic; each part's own package does the work.
+"""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from instructloop import installation
+from instructloop.config import Config
+
+
+class PartProblem(RuntimeError):  # noqa: N818
+    """A part can't run; the message says what to do."""
+
+
+async def serve(config: Config) -> int:
+    """Run one serving replica until a signal ends it."""
+    import redis.asyncio
+
+    from feedback.queue import FeedbackQueue
+    from server.app import serve as run
+
+    engine = installation.open_database(config)
+    if installation.open_registry(config, engine).desired() is None:
+        raise PartProblem("no version is to serve yet: `instructloop up` makes the first one, or promote one")
+    client = redis.asyncio.Redis.from_url(config.queue_url)
+    try:
+        await run(
+            config.server,
+            config.rollout,
+            queue=FeedbackQueue(client, config.queue),
+            database=engine,
+            versions=config.versions_dir,
+            secret=installation.ensure_secret(config.data_dir),
+            replica_id=replica_id(config),
+        )
+    finally:
+        await client.aclose()
+        engine.dispose()
+    return 0
+
+
+def replica_id(config: Config) -> str:
+    """Name a replica: the same after every restart, another for each address and data directory."""
+    place = hashlib.sha256(str(config.data_dir).encode()).hexdigest()[:6]
+    return f"{socket.gethostname()}-{config.server.port}-{place}"
+
+
+def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
+    """Move the stream to the store until `stop`."""
+    import redis
+
+    from feedback.ingest import run
+    from feedback.queue import StreamReader
+    from feedback.store import Store
+
+    engine = installation.open_database(config)
+    client = redis.Redis.from_url(config.queue_url)
+    name = consumer or f"{socket.gethostname()}-{os.getpid()}"
+    run(StreamReader(client, config.queue, name), Store(engine, config.store.waiting_hours), stop)
+    client.close()
+    return 0
+
+
+def train_once(config: Config, minimum_events: int) -> int:
+    """Run one round; exit code 0 also when there was nothing to learn from, 1 when it failed."""
+    round_ = _trainer(config).run_once(minimum_events=minimum_events)
+    if round_ is None:
+        print("no round: there is not enough new feedback")
+        return 0
+    print(f"round {round_.id} is {round_.state}" + (f": {round_.version}" if round_.version else ""))
+    return 0 if round_.state == "done" else 1
+
+
+def train_every(config: Config, seconds: float, minimum_events: int, stop: threading.Event) -> int:
+    """Run rounds until `stop`; a request over HTTP starts one at once."""
+    _trainer(config).run_every(seconds, minimum_events, stop)
+    return 0
+
+
+async def import_feedback(config: Config, file: Path, source: str) -> int:
+    """Queue the comparisons of `file`; a bad line ends it with exit code 2, what came before stays."""
+    import redis.asyncio
+
+    from feedback import transfer
+    from feedback.queue import FeedbackQueue
+
+    client = redis.asyncio.Redis.from_url(config.queue_url)
+    try:
+        counts = await transfer.import_preferences(
+            FeedbackQueue(client, config.queue), file, source, progress=_progress("comparisons queued")
+        )
+    finally:
+        await client.aclose()
+    print(counts)
+    return 0
+
+
+def _progress(what: str) -> Callable[[int], None]:
+    """Return a counter that shows itself on a terminal at most twice a second, and never in a file."""
+    import sys
+
+    last = 0.0
+
+    def show(count: int) -> None:
+        nonlocal last
+        if sys.stderr.isatty() and time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            print(f"\r{count} {what}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _trainer(config: Config):  # type: ignore[no-untyped-def]
+    from feedback.store import Store
+    from registry.rounds import Rounds
+    from training.round import Trainer
+
+    engine = installation.open_database(config)
+    return Trainer(
+        settings=config.training,
+        evaluation=config.evaluation,
+        store=Store(engine, config.store.waiting_hours),
+        registry=installation.open_registry(config, engine),
+        rounds=Rounds(engine),
+        data_dir=config.data_dir,
+        max_model_len=config.server.max_model_len,
+    )
