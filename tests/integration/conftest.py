@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import redis
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
 from instructloop.database import connect, migrate
 from instructloop.redis_process import find_server
-from sqlalchemy.engine import Engine
 
 
 @dataclass
