@@ -1,0 +1,133 @@
+"""Moves, replicas and the log over a real database, also with several processes at once."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from instructloop.database import connect
+from registry.registry import IllegalTransition, Registry, Replica, UnknownVersion
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def three(registry: Registry, checkpoint: Make) -> Registry:
+    for number in range(3):
+        registry.publish(checkpoint(bytes([number])), parent=None, round_id=number, kind="ppo", details={})
+    return registry
+
+
+def test_promotions_and_rollbacks_change_what_is_desired(three: Registry) -> None:
+    assert three.desired() is None
+    three.promote("policy-0000", actor="up", reason="first")
+    three.promote("policy-0001", actor="gate", reason="better")
+    desired = three.desired()
+    assert desired is not None
+    assert (desired.name, desired.sequence) == ("policy-0001", 5)
+    assert three.rollback(actor="ann", reason="rude") == "policy-0000"
+    assert [version.state for version in three.versions()] == ["serving", "retired", "candidate"]
+    three.reject("policy-0002", actor="gate", reason="worse")
+    # A rejection changes nothing about who serves, so replicas must not see a new wish.
+    desired = three.desired()
+    assert desired is not None
+    assert (desired.name, desired.sequence) == ("policy-0000", 6)
+    last = three.log(2)
+    assert [(entry.actor, entry.action, entry.version, entry.reason) for entry in last] == [
+        ("ann", "rolled_back", "policy-0000", "rude"),
+        ("gate", "rejected", "policy-0002", "worse"),
+    ]
+
+
+def test_moves_that_make_no_sense_are_refused_and_not_logged(three: Registry) -> None:
+    three.promote("policy-0000", actor="me", reason="")
+    three.reject("policy-0001", actor="me", reason="")
+    length = len(three.log())
+    with pytest.raises(IllegalTransition, match="no version served before"):
+        three.rollback(actor="me", reason="")
+    with pytest.raises(IllegalTransition, match="rejected"):
+        three.promote("policy-0001", actor="me", reason="")
+    for move in (three.promote, three.reject):
+        with pytest.raises(IllegalTransition, match="serving"):
+            move("policy-0000", actor="me", reason="")
+        with pytest.raises(UnknownVersion, match="no version policy-0009"):
+            move("policy-0009", actor="me", reason="")
+    assert len(three.log()) == length
+
+
+def test_of_operators_who_act_at_once_each_entry_follows_from_the_one_before(
+    three: Registry, tmp_path: Path
+) -> None:
+    three.promote("policy-0000", actor="up", reason="")
+
+    def promote(name: str) -> str | None:
+        engine = connect(f"sqlite:///{tmp_path}/store.db")
+        try:
+            Registry(engine, tmp_path / "versions").promote(name, actor=name, reason="")
+        except IllegalTransition:
+            return None
+        finally:
+            engine.dispose()
+        return name
+
+    with ThreadPoolExecutor(8) as pool:
+        done = [name for name in pool.map(promote, ["policy-0001", "policy-0002"] * 4) if name]
+    log = three.log()
+    assert [entry.sequence for entry in log] == list(range(1, len(log) + 1))
+    # The fold would have refused a log in which a promotion meets a version that serves already.
+    promoted = [entry.version for entry in log if entry.action == "promoted"]
+    assert sorted(promoted[1:]) == sorted(done)
+    assert {"policy-0001", "policy-0002"} <= set(done)
+    desired = three.desired()
+    assert desired is not None
+    assert desired.name == promoted[-1]
+
+
+def test_an_entry_that_came_in_between_makes_the_writer_look_again(
+    three: Registry, engine: sa.Engine, tmp_path: Path
+) -> None:
+    """As on Postgres, where readers don't wait: the other process commits after our look at the log."""
+    other = Registry(connect(f"sqlite:///{tmp_path}/store.db"), tmp_path / "versions")
+    looks: list[int] = []
+    entries = Registry._entries
+
+    def meddled(connection: sa.Connection) -> object:
+        found = entries(connection)
+        looks.append(len(found))
+        return found[:-1] if len(looks) == 1 else found
+
+    other._entries = meddled  # type: ignore[method-assign, assignment]
+    other._append(lambda _: ("promoted", "policy-0001"), "me", "")
+    assert looks == [3, 3]
+    assert [entry.sequence for entry in three.log()] == [1, 2, 3, 4]
+
+
+def test_replicas_report_and_are_replaced_by_their_next_report(registry: Registry) -> None:
+    before = time.time()
+    registry.report(Replica("b", "policy-0001", None, "starting", pid=7, url="http://127.0.0.1:8001"))
+    registry.report(Replica("a", "policy-0001", "policy-0000", "swapping"))
+    registry.report(Replica("a", "policy-0001", "policy-0001", "serving", last_swap_seconds=0.6))
+    first, second = registry.replicas()
+    assert (first.id, first.actual, first.state, first.last_swap_seconds) == (
+        "a",
+        "policy-0001",
+        "serving",
+        0.6,
+    )
+    assert (second.pid, second.url) == (7, "http://127.0.0.1:8001")
+    assert before <= second.seen_at <= first.seen_at <= time.time()
+    registry.forget("a")
+    assert [replica.id for replica in registry.replicas()] == ["b"]
+
+
+def test_reading_does_not_wait_for_a_writer(three: Registry, engine: sa.Engine) -> None:
+    three.promote("policy-0000", actor="me", reason="")
+    with engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM replicas"))
+        started = time.monotonic()
+        assert three.desired() is not None
+        assert three.replicas() == []
+    assert time.monotonic() - started < 5
