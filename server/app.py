@@ -1,0 +1,254 @@
+"""One serving replica, put together: vLLM's app behind our gate, our routes, and the tasks in between.
+
+It wires and supervises; every part's behaviour is in its own module. vLLM and torch are imported only once
+`serve` runs.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import anyio.to_thread
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import REGISTRY
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import OperationalError
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from feedback.keys import Keys
+from feedback.queue import FeedbackQueue
+from feedback.store import Store
+from registry.registry import BrokenVersion, Registry, Replica, Version
+from registry.rounds import Rounds
+from registry.settings import RolloutSettings
+from server.access import Authenticator
+from server.errors import Problem, invalid_field
+from server.identity import Identity
+from server.metrics import ServerMetrics
+from server.middleware import Gate
+from server.recorder import Recorder
+from server.routes_feedback import FeedbackRoutes
+from server.routes_operator import OperatorRoutes
+from server.routes_state import StateRoutes
+from server.settings import ServerSettings
+from server.swap import Swapper
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 5.0
+_DRAIN_SECONDS = 10
+_WATCHDOG_SECONDS = 0.5
+
+
+class NothingToServe(RuntimeError):  # noqa: N818
+    """No version is wanted, or none that was ever served is whole; the message says which."""
+
+
+async def serve(
+    settings: ServerSettings,
+    rollout: RolloutSettings,
+    *,
+    queue: FeedbackQueue,
+    database: Database,
+    versions: Path,
+    secret: bytes,
+    replica_id: str,
+) -> None:
+    """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
+
+    Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
+    """
+    registry = Registry(database, versions)
+    identity = Replica(
+        replica_id, None, None, "starting", pid=os.getpid(), url=f"http://{settings.host}:{settings.port}"
+    )
+    version = await anyio.to_thread.run_sync(first_whole, registry)
+    await anyio.to_thread.run_sync(registry.report, identity)
+    prepare_environment()
+    # Not before: it takes seconds, and reads the environment that was just prepared.
+    from server.engine import Engine
+
+    metrics = ServerMetrics(REGISTRY)
+    recorder = Recorder(queue, metrics, limit=settings.recorder_queue, batch=settings.recorder_batch)
+    engine = await Engine.start(settings, version.path, version.name, recorder)
+    try:
+        swapper = Swapper(
+            engine,
+            registry,
+            metrics,
+            identity,
+            watch_seconds=rollout.watch_seconds,
+            retry_seconds=settings.swap_retry_seconds,
+        )
+        await swapper.begin(version)
+        ids = Identity(secret, token_hours=settings.token_hours)
+        store, rounds = Store(database), Rounds(database)
+        routers = [
+            StateRoutes(
+                queue=queue,
+                metrics=metrics,
+                dead=lambda: engine.dead,
+                obstacle=swapper.obstacle,
+                serving=lambda: swapper.status.serving,
+            ).router(),
+            FeedbackRoutes(
+                queue=queue,
+                store=store,
+                rounds=rounds,
+                identity=ids,
+                metrics=metrics,
+                batch_lines=settings.batch_lines,
+            ).router(),
+            OperatorRoutes(registry=registry, rounds=rounds, wait_seconds=rollout.wait_seconds).router(),
+        ]
+        app = assemble(
+            engine.app,
+            routers,
+            settings=settings,
+            identity=ids,
+            authenticator=Authenticator(Keys(database).verify, ids),
+            obstacle=swapper.obstacle,
+        )
+        async with engine.lifespan():
+            await _run(app, settings, engine_dead=lambda: engine.dead, tasks=[recorder.run, swapper.run])
+        await recorder.flush(_FLUSH_SECONDS)
+        await swapper.stop()
+    finally:
+        engine.close()
+
+
+def first_whole(registry: Registry) -> Version:
+    """Pick the version to start on: the wanted one, or if its files are broken, one that served before.
+
+    Raises NothingToServe.
+    """
+    desired = registry.desired()
+    if desired is None:
+        raise NothingToServe("no version has been promoted yet")
+    retired = [version.name for version in reversed(registry.versions()) if version.state == "retired"]
+    for name in (desired.name, *retired):
+        try:
+            registry.verify(name)
+            return registry.version(name)
+        except (BrokenVersion, KeyError) as error:
+            logger.error("can't start on %s: %s", name, error)
+    raise NothingToServe(f"{desired.name} is broken, and so is every version that served before it")
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment: no development routes, no telemetry, no downloads."""
+    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"):
+        os.environ.pop(name, None)
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def assemble(
+    engine_app: ASGIApp,
+    routers: Sequence[APIRouter],
+    *,
+    settings: ServerSettings,
+    identity: Identity,
+    authenticator: Authenticator,
+    obstacle: Callable[[], str | None],
+) -> ASGIApp:
+    """Our routes, behind them the engine's app, in front of both the gate, and CORS where it is wanted."""
+    inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    for router in routers:
+        inner.include_router(router)
+    inner.mount("/", engine_app)
+    inner.add_exception_handler(Problem, _problem)
+    inner.add_exception_handler(RequestValidationError, _invalid)
+    inner.add_exception_handler(OperationalError, _database_away)
+    app: ASGIApp = Gate(
+        inner,
+        authenticator=authenticator,
+        identity=identity,
+        max_body_bytes=settings.max_body_bytes,
+        obstacle=obstacle,
+    )
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Completion-Id", "X-Feedback-Token", "Retry-After"],
+        )
+    return app
+
+
+async def _run(
+    app: ASGIApp,
+    settings: ServerSettings,
+    *,
+    engine_dead: Callable[[], bool],
+    tasks: Sequence[Callable[[], Awaitable[None]]],
+) -> None:
+    """Serve HTTP beside the background tasks until a signal comes or one of them fails."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    async with asyncio.TaskGroup() as group:
+        background = [group.create_task(_forever(task)) for task in tasks]
+        background.append(group.create_task(_watch(engine_dead)))
+        try:
+            await server.serve()
+            if not server.started:
+                raise RuntimeError(f"can't listen on {settings.host}:{settings.port}")
+        finally:
+            for task in background:
+                task.cancel()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process before records are flushed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _forever(task: Callable[[], Awaitable[None]]) -> None:
+    await task()
+    raise RuntimeError("a background task ended")
+
+
+async def _watch(dead: Callable[[], bool]) -> None:
+    while not dead():
+        await asyncio.sleep(_WATCHDOG_SECONDS)
+    raise RuntimeError("the engine's process has ended")
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return invalid_field(error.errors()[0], skip=1).response()
+
+
+async def _database_away(request: Request, error: Exception) -> Response:
+    logger.error("the database is away: %s", error)
+    return Problem(503, "the database is away", retry_after=5).response()

@@ -1,0 +1,101 @@
+"""Turns what a caller says into an Event, or refuses it: who may say what about which completion.
+
+Pure but for looking a completion up through `Lookup`; queueing and HTTP are `server.routes_feedback`'s.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from feedback.events import FEEDBACK, Event, Feedback, Ranking, references
+from feedback.records import Completion
+from server.context import Caller
+from server.errors import Problem, invalid_field
+from server.identity import Identity, TokenClaims, rater_of_key, rater_of_token
+
+Lookup = Callable[[str], list[Completion]]
+"""Gives the stored parts of a completion, [] while there are none; it may block."""
+
+
+def event_from(
+    fields: Mapping[str, Any],
+    caller: Caller,
+    identity: Identity,
+    lookup: Lookup,
+    *,
+    event_id: str | None = None,
+) -> Event:
+    """Make the event that `caller` gives. Raises Problem 403, 404 or 422 (naming the field)."""
+    try:
+        feedback = FEEDBACK.validate_python(dict(fields), strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            raise Problem(422, str(first["msg"]), param="type") from None
+        raise invalid_field(first, skip=1) from None
+    if feedback.rater is not None and caller.role != "client":
+        raise Problem(422, "only a client's key may name a rater", param="rater")
+    _check_references(feedback, caller, identity, lookup)
+    return Event(
+        event_id=event_id or new_event_id(),
+        key_id=caller.key_id,
+        rater=rater_of(caller, feedback.rater),
+        received_at=time.time(),
+        feedback=feedback,
+    )
+
+
+def new_event_id() -> str:
+    """Return a fresh event id."""
+    return f"fb-{uuid.uuid4().hex}"
+
+
+def rater_of(caller: Caller, named: str | None = None) -> str:
+    """Under whose identity a caller's events count; `named` is an end user whom a client names."""
+    if caller.role == "token":
+        assert caller.completion_id is not None
+        return rater_of_token(caller.key_id, TokenClaims(caller.completion_id, caller.user))
+    return rater_of_key(caller.key_id, named)
+
+
+def check_owner(completion_id: str, caller: Caller, identity: Identity, *, param: str | None = None) -> None:
+    """Raise Problem 404 for an id that was never issued, 403 for one that this caller may not speak of."""
+    owner = identity.owner(completion_id)
+    if owner is None:
+        raise Problem(404, f"no such completion: {completion_id}", param=param)
+    if caller.role == "client" and owner != caller.key_id:
+        raise Problem(403, "this completion was given to another client", param=param)
+    if caller.role == "token" and completion_id != caller.completion_id:
+        raise Problem(403, "this feedback token is for another completion", param=param)
+
+
+def _check_references(feedback: Feedback, caller: Caller, identity: Identity, lookup: Lookup) -> None:
+    found = references(feedback)
+    if not found and caller.role == "token":
+        raise Problem(403, "a feedback token is for its completion only", param="completion_id")
+    paths = _paths(feedback)
+    stored: dict[str, list[Completion]] = {}
+    for ref, path in zip(found, paths, strict=True):
+        check_owner(ref.completion_id, caller, identity, param=f"{path}completion_id")
+        if ref.completion_id not in stored:
+            stored[ref.completion_id] = lookup(ref.completion_id)
+        parts = stored[ref.completion_id]
+        if not _complete(parts):
+            continue
+        if all(choice.index != ref.choice for part in parts for choice in part.choices):
+            raise Problem(422, f"{ref.completion_id} has no choice {ref.choice}", param=f"{path}choice")
+
+
+def _complete(parts: list[Completion]) -> bool:
+    """Whether all records of a completion are there, so that a missing choice will not come any more."""
+    return bool(parts) and len(parts) >= (parts[0].parts or 1)
+
+
+def _paths(feedback: Feedback) -> list[str]:
+    """Where each reference stands in the event, as errors name it: `groups.0.1.` or nothing."""
+    if isinstance(feedback, Ranking):
+        return [f"groups.{i}.{j}." for i, group in enumerate(feedback.groups) for j in range(len(group))]
+    return [""] * len(references(feedback))

@@ -1,0 +1,82 @@
+"""Names that can't be forged: completion ids, feedback tokens and rater identities.
+
+A completion id carries the key it was issued to and a MAC, so every replica can tell from the id alone
+that it was issued, and to whom, before the record of the completion has arrived anywhere. Keys themselves
+are `feedback.keys`' business.
+"""
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+
+PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
+"""What vLLM's endpoints put before the request id that the middleware gives them."""
+
+_SALT = "instructloop.feedback-token"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClaims:
+    """What a feedback token is good for: one completion, for one end user if the client named one."""
+
+    completion_id: str
+    user: str | None
+
+
+class Identity:
+    """Issues and checks ids and tokens under one secret, which all replicas share."""
+
+    def __init__(self, secret: bytes, *, token_hours: float) -> None:
+        if len(secret) < 16:
+            raise ValueError("the secret must have at least 16 bytes")
+        self._secret = hashlib.sha256(b"instructloop.completion-id" + secret).digest()
+        self._tokens = URLSafeTimedSerializer(
+            secret, salt=_SALT, signer_kwargs={"digest_method": hashlib.sha256}
+        )
+        self._token_seconds = token_hours * 3600
+
+    def new_request_id(self, key_id: str) -> str:
+        """`<key_id>-<16 hex>-<12 hex MAC>`; a completion id is an endpoint's prefix and this."""
+        nonce = secrets.token_hex(8)
+        return f"{key_id}-{nonce}-{self._mac(key_id, nonce)}"
+
+    def owner(self, completion_id: str) -> str | None:
+        """Return the key id that a completion id was issued to; None if this server never issued it."""
+        prefix = next((prefix for prefix in PREFIXES if completion_id.startswith(prefix)), None)
+        parts = completion_id.removeprefix(prefix or "").rsplit("-", 2)
+        if prefix is None or len(parts) != 3:
+            return None
+        key_id, nonce, mac = parts
+        expected = self._mac(key_id, nonce)
+        return key_id if hmac.compare_digest(expected.encode(), mac.encode()) else None
+
+    def new_token(self, claims: TokenClaims) -> str:
+        """Make a token for an end user's browser: feedback on this one completion, until it expires."""
+        return str(self._tokens.dumps([claims.completion_id, claims.user]))
+
+    def read_token(self, token: str) -> TokenClaims | None:
+        """Return the claims of a token, or None if it is forged, damaged or expired."""
+        try:
+            completion_id, user = self._tokens.loads(token, max_age=int(self._token_seconds))
+        except BadSignature:
+            return None
+        return TokenClaims(completion_id, user)
+
+    def _mac(self, key_id: str, nonce: str) -> str:
+        message = f"{key_id}\0{nonce}".encode()
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:12]
+
+
+def rater_of_key(key_id: str, rater: str | None) -> str:
+    """Identity of a rater whom a key vouches for, in that key's own namespace."""
+    return f"{key_id}/{rater or ''}"
+
+
+def rater_of_token(key_id: str, claims: TokenClaims) -> str:
+    """Identity of an end user who holds a feedback token; without a user, one rater a completion."""
+    if claims.user is not None:
+        return f"{key_id}/user:{claims.user}"
+    return f"{key_id}/anonymous:{claims.completion_id}"

@@ -1,0 +1,162 @@
+"""The gate in front of every route, vLLM's and ours: who may pass, and what is noted about a generation.
+
+It authenticates, applies `server.access`, bounds and reads the body, gives each generation its id before
+vLLM sees it (so the headers are right before the first byte of a stream), and answers refusals in the one
+error shape. It decides nothing about what a route does.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.exc import OperationalError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.access import Authenticator, roles_of
+from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, generation_of
+from server.errors import Problem
+from server.identity import Identity, TokenClaims
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = b"x-request-id"
+
+
+class Gate:
+    """Pure ASGI middleware; `max_body_bytes` bounds every request's body.
+
+    `obstacle` says why nothing may be generated at the moment, or None.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        authenticator: Authenticator,
+        identity: Identity,
+        max_body_bytes: int,
+        obstacle: Callable[[], str | None],
+    ) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._identity = identity
+        self._max_body_bytes = max_body_bytes
+        self._obstacle = obstacle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, changed where needed, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            caller = await self._admit(scope)
+            body = await self._read(scope, receive)
+            scope, body, generation = self._prepare(scope, caller, body)
+        except Problem as problem:
+            await problem.response()(scope, receive, send)
+            return
+        if caller is not None:
+            CALLER.set(caller)
+        GENERATION.set(generation)
+        await self._app(scope, _replayed(body, receive), self._sender(send, generation))
+
+    async def _admit(self, scope: Scope) -> Caller | None:
+        """Return the caller, if the route needs one. Raises Problem 401, 403, 404, 405, 503."""
+        roles = roles_of(scope["method"], scope["path"])
+        if not roles:
+            return None
+        try:
+            caller = await self._authenticator.caller(Headers(scope=scope))
+        except OperationalError as error:
+            logger.error("keys can't be read: %s", error)
+            raise Problem(503, "keys can't be checked at the moment", retry_after=5) from error
+        if caller.role not in roles:
+            raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
+        return caller
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        too_large = Problem(413, f"the body may have at most {self._max_body_bytes} bytes")
+        if int(Headers(scope=scope).get("content-length") or 0) > self._max_body_bytes:
+            raise too_large
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Problem(400, "the client went away")
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > self._max_body_bytes:
+                raise too_large
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+
+    def _prepare(
+        self, scope: Scope, caller: Caller | None, body: bytes
+    ) -> tuple[Scope, bytes, Generation | None]:
+        """Replace the request id, and note a generation. A client never chooses an id itself."""
+        headers = [item for item in scope["headers"] if item[0] != _REQUEST_ID]
+        prefix = ENDPOINTS.get(scope["path"]) if scope["method"] == "POST" else None
+        generation = None
+        if prefix is not None and caller is not None:
+            if (reason := self._obstacle()) is not None:
+                raise Problem(503, reason, retry_after=5)
+            request_id = self._identity.new_request_id(caller.key_id)
+            headers.append((_REQUEST_ID, request_id.encode()))
+            fields = _json_object(body)
+            if fields is not None:
+                self._check_ownership(fields, caller)
+                completion_id = prefix + request_id
+                if prefix == "resp_":
+                    fields["request_id"] = completion_id
+                    body = json.dumps(fields).encode()
+                if not fields.get("use_beam_search"):
+                    generation = generation_of(scope["path"], completion_id, caller.key_id, fields)
+        headers = [item for item in headers if item[0] not in (b"content-length", b"transfer-encoding")]
+        headers.append((b"content-length", str(len(body)).encode()))
+        return {**scope, "headers": headers}, body, generation
+
+    def _check_ownership(self, fields: dict[str, Any], caller: Caller) -> None:
+        """Refuse to continue a response that was not given to the same key."""
+        previous = fields.get("previous_response_id")
+        if isinstance(previous, str) and self._identity.owner(previous) != caller.key_id:
+            raise Problem(404, "no such response", param="previous_response_id")
+
+    def _sender(self, send: Send, generation: Generation | None) -> Send:
+        if generation is None:
+            return send
+        token = self._identity.new_token(TokenClaims(generation.completion_id, generation.user))
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                headers = MutableHeaders(scope=message)
+                headers["X-Completion-Id"] = generation.completion_id
+                headers["X-Feedback-Token"] = token
+            await send(message)
+
+        return with_headers
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    """Return the body if it is a JSON object; anything else is vLLM's to refuse in its own words."""
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Give the body that was read already once, then whatever comes (a disconnect)."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay

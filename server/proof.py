@@ -1,0 +1,124 @@
+"""Proves which weights an engine holds, by fingerprints of the engine's tensors and of a checkpoint's files.
+
+vLLM's own weight checksums are not enough on a CPU: there it packs the matrices of linear layers into a
+kernel's format and leaves empty tensors behind, whose checksums never change. So a packed layer is asked
+to multiply unit vectors, which reads columns of its matrix back exactly, and these are compared instead.
+It loads nothing and decides nothing; `server.swap` does.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+COLUMNS = 16
+"""How many columns of a packed matrix are read back; a layer is loaded as a whole or not at all."""
+
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""vLLM's fused layers and the checkpoint's layers whose rows they stack, in order."""
+
+
+class WeightProof:
+    """Mixed into vLLM's worker (`worker_extension_cls`); runs in the engine's process."""
+
+    model_runner: Any
+
+    def weight_fingerprint(self) -> dict[str, str]:
+        """SHA-256 by tensor: all of a plain parameter, `name#columns` of a packed one.
+
+        Raises ValueError naming the first tensor that holds a NaN or an infinity.
+        """
+        import torch
+
+        found: dict[str, str] = {}
+        with torch.inference_mode():
+            for name, module in self.model_runner.get_model().named_modules():
+                for own, parameter in module.named_parameters(recurse=False):
+                    full = f"{name}.{own}" if name else own
+                    if parameter.numel():
+                        found[full] = _digest(full, parameter)
+                    elif own == "weight" and hasattr(module, "cpu_linear"):
+                        found[f"{full}#columns"] = _digest(full, _columns_of_packed(module))
+        return found
+
+
+def digest(fingerprint: Mapping[str, str]) -> str:
+    """One SHA-256 over a whole fingerprint."""
+    return hashlib.sha256(json.dumps(sorted(fingerprint.items())).encode()).hexdigest()
+
+
+def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
+    """Compute what an engine of one rank reports when it holds this checkpoint in `dtype` (`bfloat16`).
+
+    It has an entry for each tensor and each fused layer, in both forms; which of them an engine reports
+    depends on the model and the processor. Raises ValueError naming a tensor that is not finite.
+    """
+    import torch
+
+    target = getattr(torch, dtype)
+    found: dict[str, str] = {}
+    for name, tensor in _tensors(directory):
+        cast = tensor.to(target)
+        found[name] = _digest(name, cast)
+        if cast.ndim == 2:
+            found[f"{name}#columns"] = _digest(name, _columns(cast))
+    return found
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Each tensor of the checkpoint and each fused one, with one layer in memory at a time."""
+    import torch
+    from safetensors import safe_open
+
+    where: dict[str, Path] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    for name, file in where.items():
+        with safe_open(file, framework="pt") as opened:
+            yield name, opened.get_tensor(name)
+    for fused, parts in _FUSED.items():
+        for first in [name for name in where if f".{parts[0]}." in name]:
+            names = [first.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            if all(name in where for name in names):
+                pieces = []
+                for name in names:
+                    with safe_open(where[name], framework="pt") as opened:
+                        pieces.append(opened.get_tensor(name))
+                yield first.replace(f".{parts[0]}.", f".{fused}."), torch.cat(pieces)
+
+
+def _positions(width: int) -> list[int]:
+    count = min(COLUMNS, width)
+    return [i * width // count for i in range(count)]
+
+
+def _columns(weight: Any) -> Any:
+    """(N, K) -> (COLUMNS, N): evenly spaced columns of a plain matrix."""
+    return weight[:, _positions(weight.shape[1])].T
+
+
+def _columns_of_packed(module: Any) -> Any:
+    """(COLUMNS, N): the same columns of a matrix that only exists packed, by multiplying unit vectors."""
+    import torch
+
+    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    chosen = _positions(int(width))
+    units = torch.zeros(len(chosen), int(width), dtype=module.weight.dtype)
+    units[range(len(chosen)), chosen] = 1
+    return module.cpu_linear(units, module.weight, None)
+
+
+def _digest(name: str, tensor: Any) -> str:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds a NaN or an infinity")
+    # Adding zero makes -0 and +0 the same: a multiplication can't tell them apart.
+    plain = (tensor + 0).contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().data).hexdigest()

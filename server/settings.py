@@ -1,0 +1,41 @@
+"""How one serving replica listens, what it accepts, and how its engine is started."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ServerSettings(BaseModel):
+    """The `[server]` section. It is read without torch or vLLM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on")
+    max_model_len: int = Field(default=2048, ge=16, description="Longest prompt plus response, in tokens")
+    kv_cache_gib: float = Field(
+        default=1.0, gt=0, description="Memory for attention keys and values on a CPU, in GiB"
+    )
+    token_hours: float = Field(
+        default=72.0, gt=0, description="How long a feedback token stays valid, in hours"
+    )
+    recorder_queue: int = Field(
+        default=10_000, ge=1, description="Finished completions kept in memory while Redis is away"
+    )
+    recorder_batch: int = Field(default=200, ge=1, description="Completions sent to Redis at once")
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1024, description="Largest request body accepted, in bytes"
+    )
+    batch_lines: int = Field(
+        default=1000, ge=1, description="Most events accepted in one POST /v1/feedback/batch"
+    )
+    swap_retry_seconds: float = Field(
+        default=30.0, gt=0, description="Pause before a version that failed to load is tried again"
+    )
+    cors_origins: list[str] = Field(
+        default=[], description="Web origins whose pages may call this server from a browser"
+    )
+    vllm_arguments: dict[str, Any] = Field(
+        default={},
+        description="More vLLM engine arguments, named as vLLM names them (tensor_parallel_size = 2)",
+    )
