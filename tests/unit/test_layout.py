@@ -1,4 +1,4 @@
-"""What holds for the whole tree: who imports whom, how light imports are, what ships, how settings are told."""
+"""What holds for the whole tree: who imports whom, how light imports are, what ships, how settings stand."""
 
 import ast
 import os

@@ -1,0 +1,35 @@
+"""What all tests share: the order of the suites and the default model, converted once."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from instructloop import model
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = ("unit", "integration", "e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick suites first, however the tests were named on the command line."""
+
+    def suite(item: pytest.Item) -> int:
+        part = item.path.relative_to(ROOT / "tests").parts[0]
+        return SUITES.index(part) if part in SUITES else len(SUITES)
+
+    items.sort(key=suite)
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """A checkpoint of the default model: `INSTRUCTLOOP_TEST_MODEL`, else converted once and kept."""
+    given = os.environ.get("INSTRUCTLOOP_TEST_MODEL")
+    if given:
+        return Path(given)
+    destination = ROOT / ".instructloop" / "test-model"
+    if not (destination / "config.json").exists():
+        # In a process of its own, as the supervisor does it: its memory is given back.
+        subprocess.run(model.command(None, destination), check=True)
+    return destination

@@ -1,0 +1,113 @@
+import argparse
+from pathlib import Path
+
+import pytest
+
+from instructloop import cli
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INSTRUCTLOOP_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("45s", 45), ("30m", 1800), ("6h", 21600), ("6.0h", 21600), ("1 D", 86400)],
+)
+def test_durations(text: str, expected: float) -> None:
+    assert cli.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1h", "6 weeks", "h"])
+def test_wrong_durations(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="not a duration"):
+        cli.seconds(text)
+
+
+def test_keys_are_made_listed_and_revoked(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["keys", "create", "--role", "client", "--name", "my-app"]) == 0
+    secret = capsys.readouterr().out.strip()
+    assert secret.startswith("il_client_")
+    key_id = secret.split("_")[2]
+    assert cli.run(["keys", "list"]) == 0
+    listing = capsys.readouterr().out
+    assert key_id in listing
+    assert "my-app" in listing
+    assert secret not in listing
+    assert cli.run(["keys", "revoke", key_id]) == 0
+    cli.run(["keys", "list"])
+    assert listing.splitlines()[1] != capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["keys", "revoke", "nobody"], "no key has the id 'nobody'"),
+        (["promote", "policy-0099"], "policy-0099"),
+        (["reject", "policy-0099"], "policy-0099"),
+        (["rollback"], "no version served before"),
+        (["feedback", "import", "absent.jsonl", "--source", "x"], "absent.jsonl: no such file"),
+        (["--config", "absent.toml", "versions"], "absent.toml: no such file"),
+    ],
+)
+def test_an_expected_failure_is_one_line_and_exit_code_2(
+    data_dir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.run(arguments) == cli.USAGE_ERROR
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("instructloop: ")
+    assert said.count("\n") == 1
+
+
+def test_a_defect_is_not_taken_for_a_mistake_of_the_user(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("instructloop.installation.open_database", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["versions"])
+
+
+def test_listings_of_an_empty_installation(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, header in (("versions", "VERSION"), ("rounds", "ROUND")):
+        assert cli.run([command]) == 0
+        assert capsys.readouterr().out.split()[0] == header
+
+
+def test_versions_roll_forward_and_back(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructloop import installation
+    from instructloop.config import load
+
+    config = load()
+    registry = installation.open_registry(config, installation.open_database(config))
+    for number in range(2):
+        staging = tmp_path / f"staging-{number}"
+        staging.mkdir()
+        (staging / "model.safetensors").write_bytes(bytes([number]) * 100)
+        registry.publish(staging, parent=None, round_id=None, kind="base", details={})
+    for arguments, serving in (
+        (["promote", "policy-0000"], "policy-0000"),
+        (["promote", "policy-0001"], "policy-0001"),
+        (["rollback", "--reason", "worse"], "policy-0000"),
+    ):
+        assert cli.run(arguments) == 0
+        capsys.readouterr()
+        cli.run(["versions"])
+        states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
+        assert [name for name, state in states.items() if state == "serving"] == [serving]
+    assert registry.log()[-1].reason == "worse"
+
+
+def test_serve_says_what_to_do_when_there_is_no_version(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["serve"]) == cli.USAGE_ERROR
+    assert "instructloop up" in capsys.readouterr().err
