@@ -8,9 +8,9 @@ what happened also when nothing improved.
 import asyncio
 import json
 import random
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from evaluation.checks import all_satisfied, share_satisfied
 from instructloop import demo_streams
 from instructloop.demo_client import Answer, DemoProblem, Server, each
 from instructloop.demo_instructions import Instruction, demonstration, held_out, training
+from instructloop.demo_progress import Progress, RoundLine
 from instructloop.demo_report import Measurement, figures, write_report
 from instructloop.demo_streams import Crossing, Crowd
 
@@ -53,23 +54,6 @@ class _Course:
     seconds: dict[str, float] = field(default_factory=dict)
     feedback: dict[str, int] = field(default_factory=dict)
     event_ids: list[str] = field(default_factory=list)
-
-
-class _Progress:
-    """One line that counts up: rewritten in place on a terminal, a line a quarter elsewhere."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self._label = label
-        self._total = total
-        self._shown = -1
-
-    def __call__(self, done: int) -> None:
-        if sys.stdout.isatty():
-            end = "\n" if done == self._total else ""
-            print(f"\r  {self._label}: {done}/{self._total}\033[K", end=end, flush=True)
-        elif (quarter := 4 * done // max(1, self._total)) != self._shown:
-            self._shown = quarter
-            print(f"  {self._label}: {done}/{self._total}", flush=True)
 
 
 def run_demo(
@@ -153,9 +137,9 @@ async def _rate(server: Server, course: _Course, instructions: Sequence[Instruct
         )
 
     numbered = list(enumerate(instructions))
-    answers = await each(numbered, ask, _Progress("answered", len(numbered)))
+    answers = await each(numbered, ask, Progress("answered", len(numbered)))
     events = _events(instructions, answers, random.Random(course.seed))
-    course.event_ids = await each(events, server.give, _Progress("feedback given", len(events)))
+    course.event_ids = await each(events, server.give, Progress("feedback given", len(events)))
     for event in events:
         course.feedback[event["type"]] = course.feedback.get(event["type"], 0) + 1
 
@@ -199,7 +183,7 @@ def _groups(completion_id: str, shares: Sequence[float]) -> list[list[dict[str, 
 
 async def _wait_until_stored(server: Server, course: _Course) -> None:
     """Look the receipts up until all events are stored; raises DemoProblem if one is refused or stays."""
-    progress = _Progress("feedback stored", len(course.event_ids))
+    progress = Progress("feedback stored", len(course.event_ids))
     pending = list(course.event_ids)
     deadline = time.monotonic() + _STORED_SECONDS
     while True:
@@ -244,7 +228,7 @@ async def _measure(
         for greedy in (False, True)
         for number, instruction in enumerate(instructions)
     ]
-    texts = await each(work, ask, _Progress("answered", len(work)))
+    texts = await each(work, ask, Progress("answered", len(work)))
     count = len(instructions)
     measured = Measurement(
         version, tuple(instructions), tuple(texts[:count]), tuple(text for (text,) in texts[count:])
@@ -270,7 +254,7 @@ async def _run_round(server: Server, course: _Course, crowd: Crowd) -> dict[str,
     """Ask for a round, show its progress, let the crowd in before the verdict; return the round."""
     round_id = await server.request_round()
     print(f"Round {round_id} was asked for:", flush=True)
-    shown = _RoundLine()
+    shown = RoundLine()
     deadline = time.monotonic() + 60 * course.sizes.round_minutes
     while True:
         state = await server.round(round_id)
@@ -293,38 +277,6 @@ async def _verdict_is_near(server: Server, state: dict[str, Any]) -> bool:
     if str(state["stage"]).startswith(("evaluat", "gate", "publish")):
         return True
     return any(found["round"] == state["id"] for found in await server.versions())
-
-
-class _RoundLine:
-    """The round's progress: stage, time, and the newest figures of that stage."""
-
-    _SHOWN_SECONDS = 30.0
-
-    def __init__(self) -> None:
-        self._stage: str | None = None
-        self._started = self._last = time.monotonic()
-
-    def __call__(self, state: dict[str, Any]) -> None:
-        now = time.monotonic()
-        line = f"  {now - self._started:4.0f} s  {state['stage'] or state['state']}{self._newest(state)}"
-        if sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="" if state["state"] == "running" else "\n", flush=True)
-        elif state["stage"] != self._stage or now - self._last > self._SHOWN_SECONDS:
-            self._stage, self._last = state["stage"], now
-            print(line, flush=True)
-
-    @staticmethod
-    def _newest(state: dict[str, Any]) -> str:
-        own = [metric for metric in state["metrics"] if metric["stage"] == state["stage"]]
-        if not own:
-            return ""
-        step = max(metric["step"] for metric in own)
-        found = [
-            f"{metric['name']} {metric['value']:.3g}"
-            for metric in own
-            if metric["step"] == step and metric["value"] is not None
-        ]
-        return f", step {step}: {', '.join(found[:4])}"
 
 
 async def _wait_for_swap(server: Server, finished: dict[str, Any], before: str) -> str:
@@ -387,16 +339,11 @@ def _conclude(
     return 1 if finished["state"] == "failed" else 0
 
 
-class _timed:  # noqa: N801
-    """Notes how long a part of the course took, in seconds."""
-
-    def __init__(self, course: _Course, name: str) -> None:
-        self._course = course
-        self._name = name
-        self._started = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._course.seconds[self._name] = round(time.monotonic() - self._started, 1)
+@contextmanager
+def _timed(course: _Course, name: str) -> Iterator[None]:
+    """Note how long a part of the course took, in seconds."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        course.seconds[name] = round(time.monotonic() - started, 1)

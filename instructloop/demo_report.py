@@ -153,7 +153,8 @@ def _conclusion(before: Measurement, after: Measurement, difference: Interval) -
     numbers = (
         f"On {len(before.instructions)} held-out instructions all constraints were met in "
         f"{_mean(before, _all):.1%} of the answers before and {_mean(after, _all):.1%} after: "
-        f"a difference of {difference.estimate:+.1%}, 95 % interval [{difference.low:+.1%}, {difference.high:+.1%}]."
+        f"a difference of {difference.estimate:+.1%}, "
+        f"95 % interval [{difference.low:+.1%}, {difference.high:+.1%}]."
     )
     if difference.low > 0:
         last = "The interval lies above zero: it improved."
