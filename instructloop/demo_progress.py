@@ -14,6 +14,7 @@ class Progress:
         self._shown = -1
 
     def __call__(self, done: int) -> None:
+        """Show that `done` of the total are done."""
         if sys.stdout.isatty():
             end = "\n" if done == self._total else ""
             print(f"\r  {self._label}: {done}/{self._total}\033[K", end=end, flush=True)
@@ -32,6 +33,7 @@ class RoundLine:
         self._started = self._last = time.monotonic()
 
     def __call__(self, state: dict[str, Any]) -> None:
+        """Show a round as `GET /v1/rounds/{id}` gives it."""
         now = time.monotonic()
         line = f"  {now - self._started:4.0f} s  {state['stage'] or state['state']}{self._newest(state)}"
         if sys.stdout.isatty():
