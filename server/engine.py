@@ -207,7 +207,7 @@ class Engine:
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
 
     async def fingerprint(self) -> dict[str, str]:
-        """Return what `server.proof` finds: by `<tensor>`, or by `<rank>/<tensor>` where there are several."""
+        """Return what `server.proof` finds by `<tensor>`, or by `<rank>/<tensor>` where ranks are several."""
         ranks: list[dict[str, str]] = await self._llm.collective_rpc("weight_fingerprint")
         if len(ranks) == 1:
             return ranks[0]

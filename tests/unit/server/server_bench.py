@@ -1,0 +1,175 @@
+"""The assembled server without an engine: real SQLite, the queue in memory behind its protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import httpx
+import sqlalchemy as sa
+from fastapi import APIRouter
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from feedback.events import Event
+from feedback.keys import Keys
+from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
+from feedback.records import Choice, Completion
+from feedback.store import Store
+from registry.registry import Registry
+from registry.rounds import Rounds
+from server.access import Authenticator
+from server.app import assemble
+from server.identity import Identity, TokenClaims
+from server.metrics import ServerMetrics
+from server.routes_feedback import FeedbackRoutes
+from server.routes_operator import OperatorRoutes
+from server.routes_state import StateRoutes
+from server.settings import ServerSettings
+
+
+@dataclass
+class MemoryQueue:
+    """Keeps what is submitted in memory; `away` makes it refuse, `bodies` is what idempotency keys hold."""
+
+    away: str | None = None
+    events: list[Event] = field(default_factory=list)
+    recorded: list[Completion] = field(default_factory=list)
+    bodies: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+
+    def _check(self) -> None:
+        if self.away is not None:
+            raise QueueUnavailable(self.away)
+
+    async def submit(self, event: Event, idempotency_key: str | None = None) -> Receipt:
+        self._check()
+        body = event.feedback.model_dump_json()
+        if idempotency_key is not None:
+            name = (event.key_id, idempotency_key)
+            first_id, first_body = self.bodies.setdefault(name, (event.event_id, body))
+            if first_body != body:
+                raise IdempotencyConflict("the idempotency key was used for another event")
+            if first_id != event.event_id:
+                return Receipt(first_id, True)
+        self.events.append(event)
+        return Receipt(event.event_id, False)
+
+    async def submit_batch(self, events: Sequence[Event]) -> list[Receipt]:
+        self._check()
+        self.events += events
+        return [Receipt(event.event_id, False) for event in events]
+
+    async def record(self, completions: Sequence[Completion]) -> None:
+        self._check()
+        self.recorded += completions
+
+    async def queued(self, event_id: str) -> str | None:
+        self._check()
+        return next((event.key_id for event in self.events if event.event_id == event_id), None)
+
+    async def durability(self) -> str | None:
+        return self.away
+
+    def drain_into(self, store: Store) -> None:
+        """What ingest does: move everything to the store."""
+        completions = [
+            Entry(str(i), "completion", c.model_dump_json().encode()) for i, c in enumerate(self.recorded)
+        ]
+        events = [Entry(f"e{i}", "event", e.model_dump_json().encode()) for i, e in enumerate(self.events)]
+        store.ingest(completions + events)
+        self.recorded.clear()
+        self.events.clear()
+
+
+@dataclass
+class Bench:
+    """The assembled app with an engine's app behind it that answers with what it was asked."""
+
+    database: sa.Engine
+    queue: MemoryQueue
+    store: Store
+    registry: Registry
+    rounds: Rounds
+    identity: Identity
+    metrics: ServerMetrics
+    keys: dict[str, str]
+    key_ids: dict[str, str]
+    obstacle: str | None = None
+    dead: bool = False
+    settings: ServerSettings = field(
+        default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
+    )
+
+    def __post_init__(self) -> None:
+        routers: list[APIRouter] = [
+            StateRoutes(
+                queue=self.queue,
+                metrics=self.metrics,
+                dead=lambda: self.dead,
+                obstacle=lambda: self.obstacle,
+                serving=lambda: "policy-0000",
+            ).router(),
+            FeedbackRoutes(
+                queue=self.queue,
+                store=self.store,
+                rounds=self.rounds,
+                identity=self.identity,
+                metrics=self.metrics,
+                batch_lines=self.settings.batch_lines,
+            ).router(),
+            OperatorRoutes(
+                registry=self.registry, rounds=self.rounds, wait_seconds=0.5, poll_seconds=0.02
+            ).router(),
+        ]
+        self.app = assemble(
+            engine_app(),
+            routers,
+            settings=self.settings,
+            identity=self.identity,
+            authenticator=Authenticator(Keys(self.database).verify, self.identity),
+            obstacle=lambda: self.obstacle,
+        )
+
+    def http(self, who: str | None = None, **headers: str) -> httpx.AsyncClient:
+        """A client with the key of `who` (client, other, rater, operator) or with none."""
+        if who is not None:
+            headers["Authorization"] = f"Bearer {self.keys[who]}"
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    def completion(self, *, who: str = "client", choices: int = 1, stored: bool = True) -> str:
+        """Issue a completion id to `who` and store its record; returns the id."""
+        id_ = "chatcmpl-" + self.identity.new_request_id(self.key_ids[who])
+        record = Completion(
+            id=id_,
+            parts=1,
+            key_id=self.key_ids[who],
+            endpoint="/v1/chat/completions",
+            created_at=1.0,
+            messages=[{"role": "user", "content": "hi"}],
+            prompt_token_ids=[1, 2],
+            choices=[Choice(index=i, text=f"answer {i}") for i in range(choices)],
+        )
+        if stored:
+            self.store.ingest([Entry("1-0", "completion", record.model_dump_json().encode())])
+        return id_
+
+    def count(self, name: str, **labels: str) -> float | None:
+        """The value of one of our counters."""
+        return self.metrics.registry.get_sample_value(f"instructloop_{name}_total", labels)
+
+    def token(self, completion_id: str, user: str | None = None) -> str:
+        return self.identity.new_token(TokenClaims(completion_id, user))
+
+
+def engine_app() -> Starlette:
+    """Stands where vLLM's app does: it answers with the request as it arrived."""
+
+    async def echo(request: Request) -> JSONResponse:
+        body = (await request.body()).decode()
+        status = 400 if "refuse me" in body else 200
+        return JSONResponse(
+            {"path": request.url.path, "headers": dict(request.headers), "body": body}, status
+        )
+
+    return Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])

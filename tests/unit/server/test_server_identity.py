@@ -1,0 +1,79 @@
+"""Ids and tokens: what was issued is recognised, and nothing else is."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.identity import PREFIXES, Identity, TokenClaims, rater_of_key, rater_of_token
+
+IDENTITY = Identity(b"a secret of enough bytes", token_hours=1)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("key_id", ["442f048282d1", "key-with-dashes", "k_1"])
+def test_an_issued_id_names_its_key(prefix: str, key_id: str) -> None:
+    assert IDENTITY.owner(prefix + IDENTITY.new_request_id(key_id)) == key_id
+
+
+def test_ids_are_never_given_twice() -> None:
+    assert len({IDENTITY.new_request_id("k") for _ in range(1000)}) == 1000
+
+
+@given(st.text(max_size=80))
+def test_made_up_ids_belong_to_nobody(text: str) -> None:
+    assert IDENTITY.owner(text) is None
+    assert IDENTITY.owner(f"chatcmpl-{text}") is None
+
+
+@given(st.data())
+def test_a_changed_id_belongs_to_nobody(data: st.DataObject) -> None:
+    id_ = "chatcmpl-" + IDENTITY.new_request_id("442f048282d1")
+    at = data.draw(st.integers(len("chatcmpl-"), len(id_) - 1))
+    other = data.draw(st.sampled_from("0123456789abcdef-").filter(lambda c: c != id_[at]))
+    assert IDENTITY.owner(id_[:at] + other + id_[at + 1 :]) is None
+
+
+def test_an_id_of_another_secret_belongs_to_nobody() -> None:
+    stranger = Identity(b"another secret of enough bytes", token_hours=1)
+    assert IDENTITY.owner("cmpl-" + stranger.new_request_id("k")) is None
+
+
+def test_a_key_cannot_borrow_the_nonce_of_another() -> None:
+    _, nonce, mac = IDENTITY.new_request_id("mine").rsplit("-", 2)
+    assert IDENTITY.owner(f"cmpl-yours-{nonce}-{mac}") is None
+
+
+def test_a_token_gives_back_its_claims() -> None:
+    for claims in (TokenClaims("chatcmpl-x", None), TokenClaims("chatcmpl-x", "zoë/1")):
+        assert IDENTITY.read_token(IDENTITY.new_token(claims)) == claims
+
+
+def test_a_token_that_was_changed_or_made_elsewhere_is_none() -> None:
+    token = IDENTITY.new_token(TokenClaims("chatcmpl-x", None))
+    stranger = Identity(b"another secret of enough bytes", token_hours=1)
+    assert IDENTITY.read_token(token[:-2] + ("aa" if token[-2:] != "aa" else "bb")) is None
+    assert IDENTITY.read_token(stranger.new_token(TokenClaims("chatcmpl-x", None))) is None
+    assert IDENTITY.read_token("") is None
+
+
+def test_a_token_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = IDENTITY.new_token(TokenClaims("chatcmpl-x", None))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3500)
+    assert IDENTITY.read_token(token) is not None
+    monkeypatch.setattr(time, "time", lambda: now + 3700)
+    assert IDENTITY.read_token(token) is None
+
+
+def test_a_short_secret_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 bytes"):
+        Identity(b"short", token_hours=1)
+
+
+def test_raters_live_in_the_namespace_of_their_key() -> None:
+    assert rater_of_key("k1", "bob") == "k1/bob"
+    assert rater_of_key("k1", None) == "k1/"
+    assert rater_of_token("k1", TokenClaims("cmpl-1", "bob")) == "k1/user:bob"
+    assert rater_of_token("k1", TokenClaims("cmpl-1", None)) == "k1/anonymous:cmpl-1"

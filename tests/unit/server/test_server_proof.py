@@ -1,0 +1,101 @@
+"""A checkpoint's fingerprint equals that of an engine that holds it, packed or not, and no other's."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from server.proof import WeightProof, checkpoint_fingerprint, digest
+
+N, K = 12, 40
+
+
+class Layer(nn.Module):
+    """Like vLLM's linear layers on a CPU: the matrix is inside `cpu_linear`, the parameter empty."""
+
+    def __init__(self, weight: torch.Tensor, *, packed: bool) -> None:
+        super().__init__()
+        self.input_size_per_partition = weight.shape[1]
+        held = weight.clone()
+        self.weight = nn.Parameter(torch.empty(0, dtype=held.dtype) if packed else held, requires_grad=False)
+        if packed:
+            self.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
+
+
+class Model(nn.Module):
+    def __init__(self, tensors: dict[str, torch.Tensor], *, packed: bool) -> None:
+        super().__init__()
+        cast = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(cast["norm.weight"], requires_grad=False)
+        self.attention = nn.Module()
+        fused = torch.cat([cast[f"attention.{part}_proj.weight"] for part in "qkv"])
+        self.attention.qkv_proj = Layer(fused, packed=packed)
+        self.attention.o_proj = Layer(cast["attention.o_proj.weight"], packed=packed)
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"attention.{part}_proj.weight" for part in "qkvo"]
+    found = {name: torch.randn(N, K, generator=generator) for name in names}
+    found["attention.q_proj.weight"][0, 0] = -0.0
+    return found | {"norm.weight": torch.randn(K, generator=generator)}
+
+
+def engine_fingerprint(model: nn.Module) -> dict[str, str]:
+    worker = WeightProof()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    return worker.weight_fingerprint()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("files", [1, 2])
+def test_an_engine_that_holds_the_checkpoint_agrees_with_it(tmp_path: Path, packed: bool, files: int) -> None:
+    held = tensors(0)
+    names = sorted(held)
+    for i in range(files):
+        save_file({name: held[name] for name in names[i::files]}, tmp_path / f"model-{i}.safetensors")
+    found = engine_fingerprint(Model(held, packed=packed))
+    suffix = "#columns" if packed else ""
+    matrices = {f"attention.{name}_proj.weight{suffix}" for name in ("qkv", "o")}
+    assert found.keys() == matrices | {"norm.weight"}
+    expected = checkpoint_fingerprint(tmp_path, "bfloat16")
+    assert found == {name: expected[name] for name in found}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_layer_of_other_weights_is_noticed(tmp_path: Path, packed: bool) -> None:
+    held = tensors(0)
+    save_file(held, tmp_path / "model.safetensors")
+    expected = checkpoint_fingerprint(tmp_path, "bfloat16")
+    for name in ("attention.v_proj.weight", "attention.o_proj.weight", "norm.weight"):
+        found = engine_fingerprint(Model(held | {name: tensors(1)[name]}, packed=packed))
+        assert sum(found[key] != expected[key] for key in found) == 1, name
+
+
+def test_a_tiny_change_of_all_weights_is_noticed(tmp_path: Path) -> None:
+    held = tensors(0)
+    save_file(held, tmp_path / "model.safetensors")
+    expected = checkpoint_fingerprint(tmp_path, "bfloat16")
+    moved = {name: tensor * (1 + 2**-8) for name, tensor in held.items()}
+    found = engine_fingerprint(Model(moved, packed=True))
+    assert all(found[key] != expected[key] for key in found)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
+    held = tensors(0)
+    held["attention.k_proj.weight"][3, 3] = bad
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"attention\.k_proj\.weight holds a NaN"):
+        checkpoint_fingerprint(tmp_path, "bfloat16")
+    with pytest.raises(ValueError, match=r"attention\.qkv_proj\.weight holds a NaN"):
+        engine_fingerprint(Model(held, packed=False))
+
+
+def test_the_digest_is_of_names_and_values_in_any_order() -> None:
+    assert digest({"a": "1", "b": "2"}) == digest({"b": "2", "a": "1"})
+    assert digest({"a": "1", "b": "2"}) != digest({"a": "2", "b": "1"})
