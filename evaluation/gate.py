@@ -4,6 +4,7 @@ Owns the decision, as a pure function. Collecting the answers and scoring them i
 on the verdict is the registry's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,6 +103,9 @@ def decide(evidence: Evidence, settings: EvaluationSettings) -> Verdict:
     reasons = [reason for _, reason in tests] + _remarks(evidence)
     figures = {
         **asdict(evidence),
+        "kl": evidence.kl
+        if evidence.kl is not None and math.isfinite(evidence.kl)
+        else None,  # NaN is not JSON
         "win_rate_bound": settings.win_rate_bound,
         "kl_budget": settings.kl_budget,
         "required_decided_prompts": settings.decided_prompts,

@@ -86,6 +86,8 @@ def test_a_verdict_is_plain_json() -> None:
     assert stored["promote"] is True
     assert stored["figures"]["win_rate_bound"] == 0.5
     assert stored["figures"]["combined"]["clusters"] == 40
+    # Not even the figures of a model that came apart may break who reads them as JSON.
+    json.dumps(judged([1.0] * 40, kl=math.nan).as_dict(), allow_nan=False)
 
 
 def test_a_bound_below_a_half_admits_a_candidate_that_is_no_worse() -> None:
