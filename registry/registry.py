@@ -139,7 +139,7 @@ class Registry:
     def versions(self) -> list[Version]:
         """All published versions, oldest first."""
         states = self._fleet().states
-        return [self._load(name, states[name]) for name in sorted(states) if self._is_ready(name)]
+        return [self._load(name, state) for name, state in states.items() if self._is_ready(name)]
 
     def version(self, name: str) -> Version:
         """One version; raises UnknownVersion."""
