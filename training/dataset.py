@@ -1,0 +1,217 @@
+"""A round's dataset: the slice of the store as token ids, split by prompt.
+
+Owns what an event becomes in training and on which side of the split a prompt falls. It is a pure function
+of the slice, the tokenizer and the settings; nothing here is random.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.contest import Prompt
+from feedback.events import Demonstration as DemonstrationEvent
+from feedback.events import Event, Ranking, Rating, Thumb
+from feedback.records import Choice, Completion, prompt_hash
+from feedback.store import Slice
+from training.settings import TrainingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties."""
+
+    prompt: Prompt
+    responses: list[list[int]]
+    ranks: list[int]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One response with a `target` in [0, 1] by a thumb or a rating (`kind`)."""
+
+    prompt: Prompt
+    response: list[int]
+    target: float
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A response that a person wrote."""
+
+    prompt: Prompt
+    response: list[int]
+
+
+@dataclass(slots=True)
+class Side:
+    """All that was said on one side's prompts."""
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    judgements: list[Judgement] = field(default_factory=list)
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind there are."""
+        return {
+            "comparisons": len(self.comparisons),
+            "judgements": len(self.judgements),
+            "demonstrations": len(self.demonstrations),
+            "prompts": len(self.prompts),
+        }
+
+
+@dataclass(slots=True)
+class Dataset:
+    """A round's data; `left_out` counts what could not be used, by reason."""
+
+    train: Side = field(default_factory=Side)
+    held_out: Side = field(default_factory=Side)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out side: the same in every round, whatever else is asked."""
+    digest = hashlib.sha256(f"held-out:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
+    """Turn the events of a slice into training data; what can't be used is counted, never guessed."""
+    dataset = Dataset()
+    builder = _Builder(data, tokenizer, settings)
+    for event in data.events:
+        builder.note_checks(event)
+    for event in data.events:
+        item = builder.item(event)
+        if isinstance(item, str):
+            dataset.left_out[item] += 1
+            continue
+        held_out = is_held_out(item.prompt.key, settings.held_out_share)
+        side = dataset.held_out if held_out else dataset.train
+        side.prompts.setdefault(item.prompt.key, item.prompt)
+        match item:
+            case Comparison():
+                side.comparisons.append(item)
+            case Judgement():
+                side.judgements.append(item)
+            case Demonstration():
+                side.demonstrations.append(item)
+    return dataset
+
+
+class _Builder:
+    """Looks up and tokenises what events refer to."""
+
+    def __init__(self, data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._choices = {
+            (completion.id, choice.index): (completion, choice)
+            for parts in data.completions.values()
+            for completion in parts
+            for choice in completion.choices
+        }
+        self._first = {id: parts[0] for id, parts in data.completions.items() if parts}
+        self._checks: dict[str, tuple[dict[str, Any], ...]] = {}
+
+    def note_checks(self, event: Event) -> None:
+        """Remember the program checks that an event brings for its prompt."""
+        checks = (event.feedback.context or {}).get("checks")
+        completion = self._completion(event)
+        if isinstance(checks, list) and checks and completion is not None:
+            self._checks[prompt_hash(completion)] = tuple(c for c in checks if isinstance(c, dict))
+
+    def item(self, event: Event) -> Comparison | Judgement | Demonstration | str:
+        """Return what an event is in training, or why it is nothing."""
+        match event.feedback:
+            case Ranking() as ranking:
+                return self._comparison(ranking, event.source)
+            case Thumb() as thumb:
+                return self._judgement(thumb, float(thumb.value == "up"))
+            case Rating() as rating:
+                return self._judgement(rating, (rating.score - 1) / 6)
+            case DemonstrationEvent() as demonstration:
+                return self._demonstration(demonstration)
+        raise AssertionError(f"unknown feedback {event.feedback!r}")
+
+    def _completion(self, event: Event) -> Completion | None:
+        feedback = event.feedback
+        if isinstance(feedback, Ranking):
+            found = self._choices.get((feedback.groups[0][0].completion_id, feedback.groups[0][0].choice))
+        elif isinstance(feedback, DemonstrationEvent):
+            return self._first.get(feedback.completion_id or "")
+        else:
+            found = self._choices.get((feedback.completion_id, feedback.choice))
+        return found[0] if found else None
+
+    def _comparison(self, ranking: Ranking, source: str) -> Comparison | str:
+        responses, ranks, prompt = [], [], None
+        for rank, group in enumerate(ranking.groups):
+            for ref in group:
+                found = self._choices.get((ref.completion_id, ref.choice))
+                if found is None:
+                    return "the completion is no longer stored"
+                prompt = prompt or self._prompt(found[0])
+                responses.append(self._response(found[1]))
+                ranks.append(rank)
+        if len(ranking.groups) < 2:
+            return "all responses are tied"
+        if not all(responses):
+            return "a response is empty"
+        assert prompt is not None
+        return Comparison(prompt, responses, ranks, source)
+
+    def _judgement(self, event: Thumb | Rating, target: float) -> Judgement | str:
+        found = self._choices.get((event.completion_id, event.choice))
+        if found is None:
+            return "the completion is no longer stored"
+        response = self._response(found[1])
+        if not response:
+            return "a response is empty"
+        return Judgement(self._prompt(found[0]), response, target, event.type)
+
+    def _demonstration(self, event: DemonstrationEvent) -> Demonstration | str:
+        if event.messages is not None:
+            messages = [message.model_dump() for message in event.messages]
+            prompt = self._make_prompt("messages:" + repr(messages), self._render(messages))
+        else:
+            completion = self._first.get(event.completion_id or "")
+            if completion is None:
+                return "the completion is no longer stored"
+            prompt = self._prompt(completion)
+        return Demonstration(prompt, self._written(event.text))
+
+    def _prompt(self, completion: Completion) -> Prompt:
+        if completion.prompt_token_ids:
+            token_ids = completion.prompt_token_ids
+        elif completion.messages is not None:
+            token_ids = self._render(completion.messages)
+        else:
+            token_ids = self._tokenizer(completion.prompt or "").input_ids
+        return self._make_prompt(prompt_hash(completion), token_ids)
+
+    def _make_prompt(self, key: str, token_ids: Iterable[int]) -> Prompt:
+        return Prompt(key, list(token_ids)[-self._settings.prompt_tokens :], self._checks.get(key, ()))
+
+    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return ids
+
+    def _response(self, choice: Choice) -> list[int]:
+        if choice.token_ids:
+            return choice.token_ids[: self._settings.response_tokens]
+        return self._written(choice.text)
+
+    def _written(self, text: str) -> list[int]:
+        # A written text ends where its author ended it, so it carries the end-of-turn token.
+        ids = [*self._tokenizer(text, add_special_tokens=False).input_ids, self._tokenizer.eos_token_id]
+        return ids[: self._settings.response_tokens]

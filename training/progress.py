@@ -1,0 +1,41 @@
+"""How far a stage is: a bar on a terminal, a line now and then in a log, every figure to its keeper."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A `training.reward_model.Report` for one stage; use it as a context manager around the stage.
+
+    `keep` is called with each step and its figures.
+    """
+
+    def __init__(self, stage: str, keep: Callable[[int, Mapping[str, float]], None]) -> None:
+        self._stage = stage
+        self._keep = keep
+        self._bar = tqdm(desc=stage, unit="step", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def __call__(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of `step` of `steps`."""
+        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+        self._keep(step, numbers)
+        self._bar.total = steps
+        self._bar.update(step - self._bar.n)
+        shown = {name: f"{value:.3g}" for name, value in list(numbers.items())[:4]}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable and (step == steps or step % max(1, steps // 10) == 0):
+            logger.info("%s: step %d of %d, %s", self._stage, step, steps, shown)
