@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from feedback.keys import Keys
+from feedback.records import Completion
 from feedback.store import Store
 from instructloop import config, installation, model, redis_process
 from registry.registry import Registry
@@ -179,3 +180,12 @@ def served() -> Iterator[Installation]:
     yield installation_
     installation_.stop_all()
     shutil.rmtree(installation_.data_dir, ignore_errors=True)
+
+
+def wait_for_record(installation_: Installation, id_: str, parts: int = 1) -> list[Completion]:
+    """The parts of a completion once the real ingest has stored them all."""
+    deadline = time.monotonic() + 20
+    while len(found := installation_.store.completion(id_)) < parts:
+        assert time.monotonic() < deadline, f"{id_} has {len(found)} of {parts} records"
+        time.sleep(0.05)
+    return found
