@@ -16,6 +16,9 @@ from transformers import AutoModel
 
 TokenIds = Sequence[int]
 
+# With the short rows of training, plain attention is a fifth faster on a CPU, forward and backward.
+ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
+
 
 class RewardModel(nn.Module):  # type: ignore[misc]
     """r(x, y): a decoder's last hidden state at the last token of the response, through a linear head.
@@ -40,12 +43,12 @@ class RewardModel(nn.Module):  # type: ignore[misc]
     @classmethod
     def from_decoder(cls, model_dir: Path | str) -> "RewardModel":
         """Make a reward model that starts from a language model's trunk, with a new head."""
-        return cls(AutoModel.from_pretrained(str(model_dir), dtype=torch.float32))
+        return cls(_trunk(model_dir))
 
     @classmethod
     def load(cls, directory: Path) -> "RewardModel":
         """Read a fitted reward model from where `save` put it."""
-        model = cls(AutoModel.from_pretrained(str(directory / "backbone"), dtype=torch.float32))
+        model = cls(_trunk(directory / "backbone"))
         model.load_state_dict(load_file(directory / "head.safetensors"), strict=False)
         return model
 
@@ -81,7 +84,7 @@ class PackedRows:
 
     One pass over the prompt serves all its responses, and each response stands at the positions that it
     would have alone, so scores equal those of K separate sequences.
-    `input_ids`, `position_ids`: (B, L); `attention_mask`: (B, 1, L, L), True where a query may look;
+    `input_ids`, `position_ids`: (B, L); `attention_mask`: (B, 1, L, L), added to the attention's logits;
     `spans[b]`: the [start, end) of each response of row b, in order.
     """
 
@@ -123,7 +126,9 @@ def pack(items: Sequence[tuple[TokenIds, Sequence[TokenIds]]]) -> PackedRows:
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same = segment[:, :, None] == segment[:, None, :]
     to_prompt = (segment[:, None, :] == 0) & (segment[:, :, None] >= 0)
-    return PackedRows(input_ids, position_ids, (causal & (same | to_prompt))[:, None], all_spans)
+    visible = (causal & (same | to_prompt))[:, None]
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.bfloat16).min)
+    return PackedRows(input_ids, position_ids, mask, all_spans)
 
 
 def rows_by_tokens(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -158,3 +163,7 @@ def score_responses(
 def autocast() -> torch.autocast:
     """Mixed precision as everywhere here: bfloat16 products over float32 weights."""
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def _trunk(model_dir: Path | str) -> nn.Module:
+    return AutoModel.from_pretrained(str(model_dir), dtype=torch.float32, attn_implementation=ATTENTION)

@@ -37,6 +37,7 @@ _EXPECTED = (
     ("registry.registry", "UnknownVersion"),
     ("registry.rounds", "RoundConflict"),
     ("registry.states", "IllegalTransition"),
+    ("server.app", "NothingToServe"),
     ("sqlalchemy.exc", "OperationalError"),
 )
 _UNIT_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -275,12 +276,12 @@ def _feedback_import(arguments: argparse.Namespace) -> int:
 
 
 def _feedback_export(arguments: argparse.Namespace) -> int:
-    from feedback import transfer
     from feedback.store import Store
+    from feedback.transfer import export
     from instructloop import installation
 
     store = Store(installation.open_database(_config(arguments)))
-    counts = transfer.export(store, arguments.directory, arguments.format)
+    counts = export(store, arguments.directory, arguments.format)
     print(json.dumps(counts))
     return 0
 

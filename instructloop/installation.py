@@ -109,14 +109,24 @@ def ensure_serving(config: Config, registry: "Registry") -> str:
     return model.publish_base(registry, staging(config), config.model.path).name
 
 
-def ensure_operator_key(engine: "sqlalchemy.Engine") -> str | None:
-    """Make an operator key and return its secret; None if there is one, whose secret can't be read again."""
+@dataclass(frozen=True, slots=True)
+class FirstKeys:
+    """The secrets of the keys that a new installation starts with; they can't be read again."""
+
+    operator: str
+    client: str
+
+
+def ensure_keys(engine: "sqlalchemy.Engine") -> FirstKeys | None:
+    """Make an operator's and a client's key if this installation never had an operator, else return None."""
     from feedback.keys import Keys
 
     keys = Keys(engine)
     if any(key.role == "operator" for key in keys.list()):
         return None
-    return keys.create("operator", "first operator").secret
+    # The operator last: a start that is cut short between the two makes both again, and shows both.
+    client = keys.create("client", "first client").secret
+    return FirstKeys(operator=keys.create("operator", "first operator").secret, client=client)
 
 
 def _secret_bytes(text: str, where: str) -> bytes:

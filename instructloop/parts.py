@@ -88,12 +88,12 @@ async def import_feedback(config: Config, file: Path, source: str) -> int:
     """Queue the comparisons of `file`; a bad line ends it with exit code 2, what came before stays."""
     import redis.asyncio
 
-    from feedback import transfer
     from feedback.queue import FeedbackQueue
+    from feedback.transfer import import_preferences
 
     client = redis.asyncio.Redis.from_url(config.queue_url)
     try:
-        counts = await transfer.import_preferences(
+        counts = await import_preferences(
             FeedbackQueue(client, config.queue), file, source, progress=_progress("comparisons queued")
         )
     finally:

@@ -176,7 +176,7 @@ class _Supervisor:
             waited = time.monotonic() - began
             if ready and not was_ready:
                 say("up", f"serving on http://{self._address()}/v1 (Ctrl-C stops everything)")
-                self._greet(await asyncio.to_thread(installation.ensure_operator_key, engine))
+                self._greet(await asyncio.to_thread(installation.ensure_keys, engine))
             elif was_ready and not ready:
                 began, told = time.monotonic(), 0.0
                 say("up", "the server is not ready")
@@ -185,14 +185,14 @@ class _Supervisor:
                 say("up", f"not ready yet after {waited:.0f} s")
             await asyncio.sleep(5.0 if ready else 0.5)
 
-    def _greet(self, operator_key: str | None) -> None:
-        if operator_key is None:
+    def _greet(self, keys: installation.FirstKeys | None) -> None:
+        if keys is None:
             return
-        url = f"http://{self._address()}"
+        body = '{"model":"policy","messages":[{"role":"user","content":"Name three fruits."}]}'
         print(
-            f"\n  Operator key, shown only now: {operator_key}\n\n"
-            f"  curl {url}/v1/versions -H 'Authorization: Bearer {operator_key}'\n"
-            "  instructloop keys create --role client --name my-app     makes a key for an application\n",
+            f"\n  Two keys, shown only now:\n    client    {keys.client}\n    operator  {keys.operator}\n\n"
+            f"  curl http://{self._address()}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"    -H 'Authorization: Bearer {keys.client}' \\\n    -d '{body}'\n",
             flush=True,
         )
 

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
+from evaluation.reward_model import ATTENTION
 from evaluation.sampler import Sample, Sampler
+
+
+def load_policy(directory: Path) -> PreTrainedModel:
+    """Read a language model for training: float32 weights, which mixed precision multiplies as bfloat16."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, attn_implementation=ATTENTION
+    )
 
 
 def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

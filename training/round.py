@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
@@ -33,7 +33,7 @@ from training.logprobs import total_logprobs
 from training.ppo import PPO
 from training.progress import Progress
 from training.reward_model import accuracy_by_source, fit
-from training.rollouts import Rollouts, write_checkpoint
+from training.rollouts import Rollouts, load_policy, write_checkpoint
 from training.settings import TrainingSettings
 from training.sft import fine_tune
 
@@ -241,7 +241,7 @@ class _Work:
         target = self._directory / "sft"
         demonstrations = self._dataset.train.demonstrations
         if len(demonstrations) < self._settings.sft_minimum:
-            model = AutoModelForCausalLM.from_pretrained(str(self._parent.path), dtype=torch.float32)
+            model = load_policy(self._parent.path)
             write_checkpoint(model, self._tokenizer, target)
             return {
                 "skipped": f"{len(demonstrations)} demonstrations, {self._settings.sft_minimum} are needed"
@@ -283,7 +283,7 @@ class _Work:
         return self._dataset.held_out.counts()
 
     def _ppo(self) -> Result:
-        policy = AutoModelForCausalLM.from_pretrained(str(self._directory / "sft"), dtype=torch.float32)
+        policy = load_policy(self._directory / "sft")
         rollouts = Rollouts(
             self._engine,
             self._tokenizer,
@@ -343,7 +343,7 @@ class _Work:
 
         Both at the answers' sampling temperature, where the mean estimates KL(candidate || incumbent).
         """
-        model = AutoModelForCausalLM.from_pretrained(str(incumbent), dtype=torch.float32)
+        model = load_policy(incumbent)
         pairs = [
             (prompt.token_ids, sample)
             for prompt, samples in zip(prompts, ours, strict=True)

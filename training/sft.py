@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from training.dataset import Demonstration
 from training.reward_model import Report
+from training.rollouts import load_policy
 from training.settings import TrainingSettings
 
 
@@ -27,7 +28,6 @@ def fine_tune(
 
     `work` takes the trainer's own files; nothing there has to be kept.
     """
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
     config = SFTConfig(
         output_dir=str(work),
         seed=settings.seed,
@@ -47,7 +47,7 @@ def fine_tune(
         max_length=None,
     )
     trainer = SFTTrainer(
-        model=model,
+        model=load_policy(model_dir),
         args=config,
         train_dataset=HfDataset.from_list([_row(item) for item in demonstrations]),
         processing_class=tokenizer,

@@ -79,13 +79,14 @@ def test_a_start_cut_short_after_publishing_goes_on(config: Config) -> None:
     assert installation.ensure_serving(config, registry) == "policy-0000"
 
 
-def test_the_operator_key_is_shown_once(config: Config) -> None:
+def test_the_first_keys_are_shown_once(config: Config) -> None:
     from feedback.keys import Keys
 
     engine = installation.open_database(config)
-    secret = installation.ensure_operator_key(engine)
-    assert secret is not None
-    key = Keys(engine).verify(secret)
-    assert key is not None
-    assert key.role == "operator"
-    assert installation.ensure_operator_key(engine) is None
+    first = installation.ensure_keys(engine)
+    assert first is not None
+    for secret, role in ((first.operator, "operator"), (first.client, "client")):
+        key = Keys(engine).verify(secret)
+        assert key is not None
+        assert key.role == role
+    assert installation.ensure_keys(engine) is None
