@@ -231,7 +231,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 "rollout/logprob_gap": difference.abs().mean(),
             }
             for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * share
+                totals[name] = totals.get(name, 0.0) + float(value.detach()) * share
         norm = nn.utils.clip_grad_norm_(self.policy_model.parameters(), self.args.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError("the policy's gradient is not finite; lower ppo_learning_rate")

@@ -1,0 +1,94 @@
+"""Every formula against an obvious slow version."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from training.losses import generalised_advantages, policy_loss, token_rewards, value_loss
+from training.reward_model import PointwiseLoss, pair_outcomes, ranking_loss
+
+
+def _mask(lengths: list[int], width: int) -> torch.Tensor:
+    return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+
+
+def test_ranking_loss_is_the_mean_over_untied_pairs() -> None:
+    scores, ranks = [0.3, -1.2, 2.0, 0.5, 0.5], [1, 2, 0, 1, 2]
+    terms = [
+        -math.log(1 / (1 + math.exp(-(scores[i] - scores[j]))))
+        for i in range(5)
+        for j in range(5)
+        if ranks[i] < ranks[j]
+    ]
+    assert len(terms) == 8  # C(5,2) less the two tied pairs
+    assert ranking_loss(torch.tensor(scores), ranks).item() == pytest.approx(
+        sum(terms) / len(terms), rel=1e-5
+    )
+
+
+def test_ranking_loss_falls_along_its_gradient() -> None:
+    scores = torch.tensor([0.0, 0.1, 0.2], requires_grad=True)
+    loss = ranking_loss(scores, [0, 1, 2])
+    loss.backward()
+    assert scores.grad is not None
+    assert scores.grad[0] < 0 < scores.grad[2]
+    assert ranking_loss(scores.detach() - 0.5 * scores.grad, [0, 1, 2]) < loss
+
+
+def test_pointwise_offsets_are_one_a_kind() -> None:
+    loss = PointwiseLoss()
+    with torch.no_grad():
+        loss.offsets["thumb"].fill_(2.0)
+    score = torch.tensor(-0.5)
+    expected = -math.log(1 / (1 + math.exp(-1.5)))
+    assert loss(score, 1.0, "thumb").item() == pytest.approx(expected, rel=1e-5)
+    half = -0.5 * math.log(1 / (1 + math.exp(0.5))) - 0.5 * math.log(1 - 1 / (1 + math.exp(0.5)))
+    assert loss(score, 0.5, "rating").item() == pytest.approx(half, rel=1e-5)
+
+
+def test_pair_outcomes_count_ties_of_values_half() -> None:
+    assert pair_outcomes([1.0, 0.0, 1.0], [0, 1, 1]) == [1.0, 0.5]
+
+
+def test_token_rewards_put_the_score_on_the_last_token() -> None:
+    mask = _mask([2, 3], 3)
+    kl = torch.tensor([[0.1, 0.2, 9.0], [0.3, -0.4, 0.5]])
+    rewards = token_rewards(torch.tensor([1.0, -2.0]), kl, mask, 0.5)
+    expected = [[-0.05, 1.0 - 0.1, 0.0], [-0.15, 0.2, -2.0 - 0.25]]
+    assert torch.allclose(rewards, torch.tensor(expected))
+
+
+def test_advantages_are_the_discounted_sum_of_errors() -> None:
+    random.seed(1)
+    lengths, width, gamma, lam = [4, 1, 6], 6, 0.9, 0.7
+    mask = _mask(lengths, width)
+    rewards, values = torch.randn(3, width) * mask, torch.randn(3, width)
+    advantages, returns = generalised_advantages(rewards, values, mask, gamma, lam)
+    for row, length in enumerate(lengths):
+        v = [*values[row, :length].tolist(), 0.0]
+        deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            expected = sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t))
+            assert advantages[row, t].item() == pytest.approx(expected, abs=1e-5)
+            assert returns[row, t].item() == pytest.approx(expected + v[t], abs=1e-5)
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
+
+
+def test_policy_loss_clips_only_where_it_lowers_the_gain() -> None:
+    old = torch.zeros(4)
+    new = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5]))
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, share = policy_loss(new, old, advantages, 0.2)
+    # gains: min(1.5, 1.2), min(-1.5, -1.2), min(0.5, 0.8), min(-0.5, -0.8)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
+    assert share.item() == 0.5
+
+
+def test_value_loss_takes_the_worse_of_free_and_clipped() -> None:
+    new, old, returns = torch.tensor([1.0, 0.1]), torch.zeros(2), torch.tensor([1.0, 1.0])
+    loss, share = value_loss(new, old, returns, 0.2)
+    assert loss.item() == pytest.approx(0.5 * (0.8**2 + 0.9**2) / 2)
+    assert share.item() == 0.5
