@@ -1,0 +1,218 @@
+"""The queue against a real redis-server: once, durable, in order, and honest when it can't be."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+import redis.asyncio
+from feedback_samples import completion, thumb
+
+from feedback.queue import Entry, FeedbackQueue, IdempotencyConflict, QueueUnavailable, StreamReader
+from feedback.settings import QueueSettings
+
+if TYPE_CHECKING:
+    from conftest import RedisServer
+
+SETTINGS = QueueSettings(claim_after_seconds=0.2, timeout_seconds=1.0, durability_check_seconds=0)
+
+
+@pytest.fixture
+async def queue(redis_server: "RedisServer") -> AsyncIterator[FeedbackQueue]:
+    client = redis.asyncio.Redis.from_url(redis_server.url)
+    yield FeedbackQueue(client, SETTINGS)
+    await client.aclose()
+
+
+@pytest.fixture
+def admin(redis_server: "RedisServer") -> Iterator[redis.Redis]:
+    with redis_server.client() as client:
+        yield client
+
+
+def reader(client: redis.Redis, consumer: str = "a", **changes: object) -> StreamReader:
+    return StreamReader(client, SETTINGS.model_copy(update=changes), consumer)
+
+
+async def test_entries_come_out_in_order_and_leave_when_done(
+    queue: FeedbackQueue, admin: redis.Redis
+) -> None:
+    await queue.record([completion("c1"), completion("c2")])
+    receipt = await queue.submit(thumb("e1", "c1"))
+    await queue.record([completion("c3")])
+    assert (receipt.event_id, receipt.duplicate) == ("e1", False)
+    assert await queue.queued("e1") == "k1"
+    assert await queue.depth() == 4
+    stream = reader(admin)
+    found = stream.read(0)
+    assert [(entry.kind, entry.event_id) for entry in found] == [
+        ("completion", None),
+        ("completion", None),
+        ("event", "e1"),
+        ("completion", None),
+    ]
+    assert found[2].data == thumb("e1", "c1").model_dump_json().encode()
+    stream.done(found)
+    stream.done([])
+    assert await queue.depth() == 0
+    assert await queue.queued("e1") is None
+    assert admin.keys("*receipt*") == []
+    assert stream.read(0) == []
+
+
+async def test_the_same_event_is_queued_once(queue: FeedbackQueue, admin: redis.Redis) -> None:
+    first, second = await queue.submit(thumb("e1")), await queue.submit(thumb("e1"))
+    assert (first.duplicate, second.duplicate) == (False, True)
+    receipts = await queue.submit_batch([thumb("e1"), thumb("e2"), thumb("e2")])
+    assert [(r.event_id, r.duplicate) for r in receipts] == [("e1", True), ("e2", False), ("e2", True)]
+    assert await queue.depth() == 2
+
+
+async def test_an_idempotency_key_names_one_event(queue: FeedbackQueue, admin: redis.Redis) -> None:
+    answers = await asyncio.gather(*[queue.submit(thumb(f"e{i}"), "key") for i in range(50)])
+    names = {answer.event_id for answer in answers}
+    assert len(names) == 1
+    assert sum(not answer.duplicate for answer in answers) == 1
+    assert await queue.depth() == 1
+    # It still does after ingest, and other givers' keys are their own.
+    stream = reader(admin)
+    stream.done(stream.read(0))
+    assert (await queue.submit(thumb("e99"), "key")).event_id in names
+    other = await queue.submit(thumb("f1", key_id="k2"), "key")
+    assert (other.event_id, other.duplicate) == ("f1", False)
+    with pytest.raises(IdempotencyConflict, match=names.pop()):
+        await queue.submit(thumb("e100", value="down"), "key")
+    assert await queue.depth() == 1
+    lifetimes = [admin.ttl(name) for name in admin.keys("*idempotency*")]
+    assert len(lifetimes) == 2
+    assert all(86_000 < seconds <= 86_400 for seconds in lifetimes)
+
+
+async def test_a_long_batch_is_whole(queue: FeedbackQueue, admin: redis.Redis) -> None:
+    receipts = await queue.submit_batch([thumb(f"e{i}") for i in range(1201)])
+    assert [receipt.event_id for receipt in receipts] == [f"e{i}" for i in range(1201)]
+    stream = reader(admin, batch=500)
+    sizes = []
+    while found := stream.read(0):
+        sizes.append(len(found))
+        stream.done(found)
+    assert sizes == [500, 500, 201]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("appendonly", "no"), ("appendfsync", "everysec"), ("maxmemory-policy", "allkeys-lru")],
+)
+async def test_settings_that_lose_data_refuse_feedback(
+    queue: FeedbackQueue, admin: redis.Redis, name: str, value: str
+) -> None:
+    assert await queue.durability() is None
+    admin.config_set(name, value)
+    reason = await queue.durability()
+    assert reason is not None and name in reason and value in reason
+    for attempt in (queue.submit(thumb("e1")), queue.submit_batch([thumb("e1")])):
+        with pytest.raises(QueueUnavailable, match=name):
+            await attempt
+    assert await queue.depth() == 0
+
+
+async def test_redis_without_memory_refuses_and_forgets_the_attempt(
+    queue: FeedbackQueue, admin: redis.Redis
+) -> None:
+    admin.config_set("maxmemory", "1")
+    with pytest.raises(QueueUnavailable, match="memory"):
+        await queue.submit(thumb("e1"), "key")
+    admin.config_set("maxmemory", "0")
+    assert await queue.depth() == 0
+    # Neither the event nor the key counts as used.
+    assert not (await queue.submit(thumb("e1"), "key")).duplicate
+
+
+async def test_redis_that_hangs_or_is_away_is_said_in_time(
+    queue: FeedbackQueue, redis_server: "RedisServer"
+) -> None:
+    await queue.submit(thumb("e1"))
+    assert redis_server.process is not None
+    os.kill(redis_server.process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(thumb("e2"))
+        assert time.monotonic() - started < 3
+    finally:
+        os.kill(redis_server.process.pid, signal.SIGCONT)
+    redis_server.kill()
+    with pytest.raises(QueueUnavailable):
+        await queue.submit(thumb("e3"))
+    reason = await queue.durability()
+    assert reason is not None and reason.startswith("Redis")
+    redis_server.start()
+    assert not (await queue.submit(thumb("e3"))).duplicate
+    assert (await queue.submit(thumb("e1"))).duplicate
+
+
+def test_a_reader_finds_its_own_unfinished_entries_first(admin: redis.Redis) -> None:
+    settings = {"batch": 2}
+    for i in range(5):
+        admin.xadd(SETTINGS.stream, {"kind": "completion", "data": str(i)})
+    first = reader(admin, **settings).read(0)
+    assert [entry.data for entry in first] == [b"0", b"1"]
+    # The process dies and comes back under its name.
+    stream = reader(admin, **settings)
+    assert stream.read(0) == first
+    stream.done(first)
+    assert [entry.data for entry in stream.read(0)] == [b"2", b"3"]
+
+
+def test_entries_of_a_silent_reader_are_taken_over_and_those_of_a_live_one_are_not(
+    admin: redis.Redis,
+) -> None:
+    for i in range(3):
+        admin.xadd(SETTINGS.stream, {"kind": "completion", "data": str(i)})
+    dead, heir = reader(admin, "dead"), reader(admin, "heir")
+    taken = dead.read(0)
+    assert len(taken) == 3
+    assert heir.read(0) == []
+    time.sleep(0.3)
+    assert heir.read(0) == taken
+    assert dead.read(0) == []
+    heir.done(taken)
+    dead.done(taken)  # it was only slow: to finish twice is harmless
+    assert admin.xlen(SETTINGS.stream) == 0
+
+
+def test_a_lost_group_and_deleted_entries_do_not_stop_the_reader(admin: redis.Redis) -> None:
+    stream = reader(admin)
+    assert stream.read(0) == []
+    gone = admin.xadd(SETTINGS.stream, {"kind": "completion", "data": "0"})
+    stream.read(0)
+    admin.xdel(SETTINGS.stream, gone)
+    assert stream.read(0) == []
+    assert admin.xpending(SETTINGS.stream, SETTINGS.group)["pending"] == 0
+    admin.flushall()
+    admin.xadd(SETTINGS.stream, {"junk": "1"})
+    (junk,) = stream.read(0)
+    assert junk == Entry(junk.id, "", b"{b'junk': b'1'}")
+
+
+def test_a_read_waits_for_an_entry_and_no_longer_than_asked(
+    redis_server: "RedisServer", admin: redis.Redis
+) -> None:
+    stream = reader(admin)
+    stream.read(0)
+    started = time.monotonic()
+    assert stream.read(0.3) == []
+    assert 0.25 < time.monotonic() - started < 2
+    # A wait longer than the socket's own limit must not be taken for an outage.
+    hasty = redis.Redis.from_url(redis_server.url, socket_timeout=0.4)
+    assert reader(hasty, "b").read(5) == []
+    hasty.close()
+
+
+def test_a_client_that_decodes_is_refused(redis_server: "RedisServer") -> None:
+    with pytest.raises(ValueError, match="bytes"):
+        reader(redis.Redis.from_url(redis_server.url, decode_responses=True))
