@@ -205,6 +205,7 @@ class Engine:
     async def load(self, model_dir: Path) -> None:
         """Replace the weights in place. A failure can leave some old and some new ones."""
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
+        await self._llm.collective_rpc("refresh_packed_weights")
 
     async def fingerprint(self) -> dict[str, str]:
         """Return what `server.proof` finds by `<tensor>`, or by `<rank>/<tensor>` where ranks are several."""

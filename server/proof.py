@@ -3,7 +3,7 @@
 vLLM's own weight checksums are not enough on a CPU: there it packs the matrices of linear layers into a
 kernel's format and leaves empty tensors behind, whose checksums never change. So a packed layer is asked
 to multiply unit vectors, which reads columns of its matrix back exactly, and these are compared instead.
-It loads nothing and decides nothing; `server.swap` does.
+It decides nothing and loads nothing from files; `server.swap` and `server.engine` do.
 """
 
 import hashlib
@@ -22,13 +22,27 @@ _FUSED = {
 """vLLM's fused layers and the checkpoint's layers whose rows they stack, in order."""
 
 
+_OUTPUT = "lm_head.weight"
+
+
 class WeightProof:
     """Mixed into vLLM's worker (`worker_extension_cls`); runs in the engine's process."""
 
     model_runner: Any
 
+    def refresh_packed_weights(self) -> None:
+        """Pack again what vLLM's reload forgets, after it.
+
+        An output layer that is tied to the embeddings is not in the checkpoint, so `reload_weights` passes it
+        over; on a CPU it would go on multiplying by the packed copy of the weights that were loaded first.
+        """
+        for _, module in self.model_runner.get_model().named_modules():
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+                module.quant_method.process_weights_after_loading(module)
+
     def weight_fingerprint(self) -> dict[str, str]:
-        """SHA-256 by tensor: all of a plain parameter, `name#columns` of a packed one.
+        """SHA-256 by tensor: all of a plain parameter, `name#columns` of what a packed layer multiplies by.
 
         Raises ValueError naming the first tensor that holds a NaN or an infinity.
         """
@@ -41,8 +55,9 @@ class WeightProof:
                     full = f"{name}.{own}" if name else own
                     if parameter.numel():
                         found[full] = _digest(full, parameter)
-                    elif own == "weight" and hasattr(module, "cpu_linear"):
-                        found[f"{full}#columns"] = _digest(full, _columns_of_packed(module))
+                    width = _width(module)
+                    if own == "weight" and width is not None and hasattr(module, "cpu_linear"):
+                        found[f"{full}#columns"] = _digest(full, _columns_of_packed(module, width))
         return found
 
 
@@ -54,8 +69,9 @@ def digest(fingerprint: Mapping[str, str]) -> str:
 def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
     """Compute what an engine of one rank reports when it holds this checkpoint in `dtype` (`bfloat16`).
 
-    It has an entry for each tensor and each fused layer, in both forms; which of them an engine reports
-    depends on the model and the processor. Raises ValueError naming a tensor that is not finite.
+    It has an entry for each tensor, each fused layer and a tied output layer, in both forms; which of them
+    an engine reports depends on the model and the processor. Raises ValueError naming a tensor that is not
+    finite.
     """
     import torch
 
@@ -81,6 +97,10 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     for name, file in where.items():
         with safe_open(file, framework="pt") as opened:
             yield name, opened.get_tensor(name)
+    embeddings = [name for name in where if name.endswith("embed_tokens.weight")]
+    if len(embeddings) == 1 and _OUTPUT not in where:
+        with safe_open(where[embeddings[0]], framework="pt") as opened:
+            yield _OUTPUT, opened.get_tensor(embeddings[0])
     for fused, parts in _FUSED.items():
         for first in [name for name in where if f".{parts[0]}." in name]:
             names = [first.replace(f".{parts[0]}.", f".{part}.") for part in parts]
@@ -102,13 +122,17 @@ def _columns(weight: Any) -> Any:
     return weight[:, _positions(weight.shape[1])].T
 
 
-def _columns_of_packed(module: Any) -> Any:
+def _width(module: Any) -> int | None:
+    """How many inputs (K) a linear or output layer of vLLM takes; None for other modules."""
+    return getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", None)
+
+
+def _columns_of_packed(module: Any, width: int) -> Any:
     """(COLUMNS, N): the same columns of a matrix that only exists packed, by multiplying unit vectors."""
     import torch
 
-    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
-    chosen = _positions(int(width))
-    units = torch.zeros(len(chosen), int(width), dtype=module.weight.dtype)
+    chosen = _positions(width)
+    units = torch.zeros(len(chosen), width, dtype=module.weight.dtype)
     units[range(len(chosen)), chosen] = 1
     return module.cpu_linear(units, module.weight, None)
 

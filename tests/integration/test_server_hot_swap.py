@@ -16,7 +16,7 @@ from server_fixture import Installation, copy_checkpoint, served, wait_for_recor
 __all__ = ["served"]
 
 STREAMS = 16
-TOKENS = 120
+TOKENS = 400
 PROMPTS = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at"]
 
 

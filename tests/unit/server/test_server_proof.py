@@ -25,6 +25,22 @@ class Layer(nn.Module):
             self.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
 
 
+class Head(nn.Module):
+    """Like vLLM's tied output layer on a CPU: it shares a parameter and multiplies by a packed copy of it."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.embedding_dim = weight.shape[1]
+        self.weight = weight
+        self.quant_method = SimpleNamespace(process_weights_after_loading=self.pack)
+        self.pack(self)
+
+    def pack(self, layer: nn.Module) -> None:
+        assert layer is self
+        held = self.weight.clone()
+        self.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
+
+
 class Model(nn.Module):
     def __init__(self, tensors: dict[str, torch.Tensor], *, packed: bool) -> None:
         super().__init__()
@@ -35,6 +51,10 @@ class Model(nn.Module):
         fused = torch.cat([cast[f"attention.{part}_proj.weight"] for part in "qkv"])
         self.attention.qkv_proj = Layer(fused, packed=packed)
         self.attention.o_proj = Layer(cast["attention.o_proj.weight"], packed=packed)
+        if packed:
+            self.embed_tokens = nn.Module()
+            self.embed_tokens.weight = nn.Parameter(cast["embed_tokens.weight"], requires_grad=False)
+            self.lm_head = Head(self.embed_tokens.weight)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -42,7 +62,8 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
     names = [f"attention.{part}_proj.weight" for part in "qkvo"]
     found = {name: torch.randn(N, K, generator=generator) for name in names}
     found["attention.q_proj.weight"][0, 0] = -0.0
-    return found | {"norm.weight": torch.randn(K, generator=generator)}
+    embeddings = torch.randn(3 * N, K, generator=generator)
+    return found | {"norm.weight": torch.randn(K, generator=generator), "embed_tokens.weight": embeddings}
 
 
 def engine_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -61,7 +82,8 @@ def test_an_engine_that_holds_the_checkpoint_agrees_with_it(tmp_path: Path, pack
     found = engine_fingerprint(Model(held, packed=packed))
     suffix = "#columns" if packed else ""
     matrices = {f"attention.{name}_proj.weight{suffix}" for name in ("qkv", "o")}
-    assert found.keys() == matrices | {"norm.weight"}
+    tied = {"embed_tokens.weight", "lm_head.weight", "lm_head.weight#columns"} if packed else set()
+    assert found.keys() == matrices | {"norm.weight"} | tied
     expected = checkpoint_fingerprint(tmp_path, "bfloat16")
     assert found == {name: expected[name] for name in found}
 
@@ -74,6 +96,21 @@ def test_one_layer_of_other_weights_is_noticed(tmp_path: Path, packed: bool) -> 
     for name in ("attention.v_proj.weight", "attention.o_proj.weight", "norm.weight"):
         found = engine_fingerprint(Model(held | {name: tensors(1)[name]}, packed=packed))
         assert sum(found[key] != expected[key] for key in found) == 1, name
+
+
+def test_a_tied_output_layer_that_was_not_packed_again_is_noticed_and_refreshed(tmp_path: Path) -> None:
+    old, new = tensors(0), tensors(1)
+    save_file(new, tmp_path / "model.safetensors")
+    expected = checkpoint_fingerprint(tmp_path, "bfloat16")
+    model = Model(new | {"embed_tokens.weight": old["embed_tokens.weight"]}, packed=True)
+    model.embed_tokens.weight.data.copy_(new["embed_tokens.weight"])
+    found = engine_fingerprint(model)
+    assert [name for name in found if found[name] != expected[name]] == ["lm_head.weight#columns"]
+    worker = WeightProof()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    worker.refresh_packed_weights()
+    found = engine_fingerprint(model)
+    assert found == {name: expected[name] for name in found}
 
 
 def test_a_tiny_change_of_all_weights_is_noticed(tmp_path: Path) -> None:
