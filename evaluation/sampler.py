@@ -52,8 +52,8 @@ class Sampler(Protocol):
 class VllmSampler:
     """A vLLM engine in a process of its own, whose weights are replaced between batches.
 
-    `max_model_len` bounds prompt plus response in tokens; `kv_cache_gib` is the memory for keys and values
-    on a CPU (on a GPU, `vllm_arguments` says what share to take).
+    `max_model_len` bounds prompt plus response in tokens; `kv_cache_gib` is the memory for keys and values.
+    `vllm_arguments` are further arguments of vLLM's `LLM` and win over ours.
     """
 
     def __init__(
@@ -64,19 +64,22 @@ class VllmSampler:
         kv_cache_gib: float,
         vllm_arguments: dict[str, Any] | None = None,
     ) -> None:
-        import_environment(kv_cache_gib)
+        _set_environment()
         from vllm import LLM  # noqa: PLC0415 - takes seconds to import
 
         self._llm = LLM(
             str(model_dir),
             max_model_len=max_model_len,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             logprobs_mode="processed_logprobs",
+            worker_extension_cls="server.proof.WeightProof",
             **DEFAULT_ARGUMENTS | (vllm_arguments or {}),
         )
 
     def load(self, model_dir: Path) -> None:
         """Replace the weights in place; keys and values computed with the old ones are dropped."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
+        self._llm.collective_rpc("refresh_packed_weights")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine kept its prefix cache across a change of weights")
 
@@ -100,9 +103,8 @@ class VllmSampler:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def import_environment(kv_cache_gib: float) -> None:
+def _set_environment() -> None:
     """Set what vLLM reads from the environment when it is imported; what the user has set stands."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -39,6 +39,8 @@ _EXPECTED = (
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
     ("sqlalchemy.exc", "OperationalError"),
+    ("training.round", "TrainerBusy"),
+    ("training.round", "RoundRefused"),
 )
 _UNIT_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

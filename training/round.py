@@ -126,7 +126,8 @@ class Trainer:
         work = _Work(round_, self._root / f"{round_.id:04d}", self)
         try:
             verdict, version = work.run()
-        except (RoundRefused, FloatingPointError, RuntimeError, OSError) as problem:
+        except Exception as problem:
+            # Whatever it was: a round left `running` would be taken up, and fail, again and again.
             logger.exception("round %d failed", round_.id)
             stage = self._rounds.get(round_.id).stage or "dataset"
             self._rounds.finish(round_.id, "failed", error=f"{stage}: {problem}")
