@@ -38,6 +38,8 @@ _EXPECTED = (
     ("registry.rounds", "RoundConflict"),
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
+    ("training.round", "RoundRefused"),
+    ("training.round", "TrainerBusy"),
     ("sqlalchemy.exc", "OperationalError"),
     ("training.round", "TrainerBusy"),
     ("training.round", "RoundRefused"),

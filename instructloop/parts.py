@@ -102,6 +102,23 @@ async def import_feedback(config: Config, file: Path, source: str) -> int:
     return 0
 
 
+def demo(config: Config, seed: int, output: Path) -> int:
+    """Run the demo against the server of this configuration, with keys made for it and revoked after it."""
+    from feedback.keys import Keys
+    from instructloop.demo import run_demo
+
+    keys = Keys(installation.open_database(config))
+    client, operator = keys.create("client", "demo"), keys.create("operator", "demo")
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.server.host, config.server.host)
+    try:
+        return run_demo(
+            f"http://{host}:{config.server.port}", client.secret, operator.secret, seed=seed, output=output
+        )
+    finally:
+        keys.revoke(client.id)
+        keys.revoke(operator.id)
+
+
 def _progress(what: str) -> Callable[[int], None]:
     """Return a counter that shows itself on a terminal at most twice a second, and never in a file."""
     import sys
