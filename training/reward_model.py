@@ -21,7 +21,7 @@ Item = Comparison | Judgement
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with the step, the number of steps and the step's figures."""
 
-TOKENS_A_PASS = 2048
+TOKENS_A_PASS = 1024
 
 
 def ranking_loss(scores: Tensor, ranks: Sequence[int]) -> Tensor:
