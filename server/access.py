@@ -4,6 +4,7 @@ vLLM brings more routes than these, some of them unguarded by its own key; none 
 stands in `ROUTES`.
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ class Authenticator:
     def __init__(self, verify: Callable[[str], Key | None], identity: Identity) -> None:
         self._verify = verify
         self._identity = identity
-        self._remembered: dict[str, _Remembered] = {}
+        self._remembered: dict[bytes, _Remembered] = {}
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Problem 401."""
@@ -107,17 +108,18 @@ class Authenticator:
 
     async def _by_key(self, secret: str) -> Caller:
         now = time.monotonic()
-        known = self._remembered.get(secret)
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        known = self._remembered.get(digest)
         if known is not None and known.until > now:
             return known.caller
-        self._remembered.pop(secret, None)
+        self._remembered.pop(digest, None)
         key = await anyio.to_thread.run_sync(self._verify, secret)
         if key is None:
             raise Problem(401, "unknown or revoked API key")
         caller = Caller(key.role, key.id, key.name)
         if len(self._remembered) >= self.REMEMBER_KEYS:
             self._remembered.clear()
-        self._remembered[secret] = _Remembered(caller, now + self.REMEMBER_SECONDS)
+        self._remembered[digest] = _Remembered(caller, now + self.REMEMBER_SECONDS)
         return caller
 
     def _by_token(self, token: str) -> Caller:

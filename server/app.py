@@ -74,6 +74,7 @@ async def serve(
     version = await anyio.to_thread.run_sync(first_whole, registry)
     await anyio.to_thread.run_sync(registry.report, identity)
     prepare_environment()
+    signal.signal(signal.SIGTERM, _end_start)
     # Not before: it takes seconds, and reads the environment that was just prepared.
     from server.engine import Engine
 
@@ -226,6 +227,11 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _end_start(number: int, frame: object) -> None:
+    """End a start, which blocks the event loop, so that the engine's processes end with it."""
+    raise SystemExit(128 + number)
 
 
 async def _forever(task: Callable[[], Awaitable[None]]) -> None:

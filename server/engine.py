@@ -7,6 +7,7 @@ what is written down of an output is `server.recording`.
 import asyncio
 import json
 import logging
+import os
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -168,6 +169,7 @@ class Engine:
         assert isinstance(llm, RecordingEngine)
         try:
             llm.attach(recorder, version)
+            await llm.collective_rpc("end_with", args=(os.getpid(),))
             await llm.reset_mm_cache()
             tasks = await llm.get_supported_tasks()
             app = build_app(args, tasks, llm.model_config)
@@ -235,7 +237,7 @@ def arguments(settings: ServerSettings, model_dir: Path) -> Namespace:
         "model": str(model_dir),
         "served_model_name": MODEL_NAME,
         "max_model_len": settings.max_model_len,
-        "worker_extension_cls": "server.proof.WeightProof",
+        "worker_extension_cls": "server.worker.WorkerExtension",
         "disable_fastapi_docs": True,
         "allowed_origins": [],
     }

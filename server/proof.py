@@ -26,7 +26,7 @@ _OUTPUT = "lm_head.weight"
 
 
 class WeightProof:
-    """Mixed into vLLM's worker (`worker_extension_cls`); runs in the engine's process."""
+    """Runs inside vLLM's worker, which it becomes a part of through `server.worker`."""
 
     model_runner: Any
 

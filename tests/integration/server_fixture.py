@@ -178,6 +178,9 @@ def served() -> Iterator[Installation]:
     """The one installation of this test run; modules that import this fixture share it."""
     installation_ = _started()
     yield installation_
+    if "serve" in installation_.processes:
+        assert installation_.stop("serve") == 0, installation_.log("serve")[-4000:]
+        assert [replica.state for replica in installation_.registry.replicas()] == ["stopped"]
     installation_.stop_all()
     shutil.rmtree(installation_.data_dir, ignore_errors=True)
 

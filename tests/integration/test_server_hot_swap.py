@@ -4,16 +4,22 @@ The tests run in order: each goes on from the version that the one before left i
 """
 
 import asyncio
+import logging
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from server_fixture import Installation, copy_checkpoint, served, wait_for_record
 
 __all__ = ["served"]
+
+logger = logging.getLogger(__name__)
 
 STREAMS = 16
 TOKENS = 400
@@ -109,6 +115,9 @@ async def test_sixteen_streams_survive_a_swap(
         moved = await asyncio.to_thread(operate, served, f"/v1/versions/{second}/promote?wait=true")
         assert [replica["actual"] for replica in moved["replicas"]] == [second]
         results = await asyncio.gather(*running)
+    seconds = moved["replicas"][0]["last_swap_seconds"]
+    logger.info("generation stood still for %.2f s", seconds)
+    assert 0 < seconds < 30
     for id_, text, count, reason in results:
         assert (count, reason) == (TOKENS, "length")
         (record,) = wait_for_record(served, id_)
@@ -126,10 +135,17 @@ def test_after_a_swap_the_server_is_what_a_cold_start_gives(
     swapped, sums = greedy(served), engine_sums(served, second)
     assert swapped != answers_of_base
     assert sums
-    assert served.stop("serve") == 0
-    assert [replica.state for replica in served.registry.replicas()] == ["stopped"]
+    children = psutil.Process(served.processes["serve"].pid).children(recursive=True)
+    assert len(children) >= 2
+    served.stop("serve", signal.SIGKILL)
+    # A killed server takes its engine along, with all the memory that it holds.
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    assert alive == []
     served.start_part("serve")
     served.wait_until_ready()
+    assert f"{second}: 185 of 185 tensors" in served.log("serve")
     assert greedy(served) == swapped
     # A start refuses to serve weights whose sums are not those known; here they are the swap's.
     assert engine_sums(served, second) == sums
@@ -186,8 +202,6 @@ def test_a_checkpoint_that_lacks_a_tensor_leaves_no_mixture_behind(
 
 def refused(served: Installation, name: str, because: str) -> None:
     """Wait until the replica says that it could not load `name`, and still serves policy-0000."""
-    import time
-
     deadline = time.monotonic() + 30
     while True:
         (replica,) = served.registry.replicas()
