@@ -29,6 +29,7 @@ class Up:
     url: str = ""
     client_key: str = ""
     operator_key: str = ""
+    groups: set[int] = field(default_factory=set)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -86,18 +87,34 @@ class Up:
             return False
 
     def processes(self) -> dict[int, str]:
-        """Every process of this installation, wherever it hangs in the process tree: pid -> command line."""
-        mark = f"INSTRUCTLOOP_DATA_DIR={self.data_dir}\0".encode()
-        found = {}
+        """Every process of this installation, wherever it hangs in the process tree: pid -> command line.
+
+        Those that name or hold the data directory, and whoever is or was in a process group with one of them:
+        redis-server and vLLM's engine write their titles over their environment.
+        """
+        seen = {}
         for directory in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (directory / "environ").read_bytes():
-                    command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if command:  # a zombie has none
-                        found[int(directory.name)] = command
+                group = os.getpgid(int(directory.name))
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                seen[int(directory.name)] = (group, command, self._belongs(directory))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-        return found
+        self.groups |= {group for group, _, belongs in seen.values() if belongs} - {os.getpgrp()}
+        return {
+            pid: command
+            for pid, (group, command, belongs) in seen.items()
+            if command and (belongs or group in self.groups)  # a zombie has no command line
+        }
+
+    def _belongs(self, directory: Path) -> bool:
+        if f"INSTRUCTLOOP_DATA_DIR={self.data_dir}\0".encode() in (directory / "environ").read_bytes():
+            return True
+        held = [os.readlink(link) for link in (directory / "fd").iterdir()]
+        # The test's own process looks into the database too.
+        return int(directory.name) != os.getpid() and any(
+            Path(path).is_relative_to(self.data_dir) for path in held
+        )
 
     def pid_of(self, part: str) -> int:
         """The process that the supervisor keeps alive as `part`."""

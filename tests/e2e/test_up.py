@@ -182,7 +182,7 @@ def test_versions_on_the_command_line(up: Up) -> None:
 
 
 def test_ctrl_c_leaves_no_process_and_the_next_start_remembers(up: Up) -> None:
-    assert len(up.processes()) >= 5
+    assert any("EngineCore" in command for command in up.processes().values())
     assert up.signal(signal.SIGINT) == 0
     assert up.processes() == {}
     assert "stopped" in up.lines[-1]
