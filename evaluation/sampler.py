@@ -72,9 +72,10 @@ class VllmSampler:
             max_model_len=max_model_len,
             kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             logprobs_mode="processed_logprobs",
-            worker_extension_cls="server.proof.WeightProof",
+            worker_extension_cls="registry.worker.WorkerExtension",
             **DEFAULT_ARGUMENTS | (vllm_arguments or {}),
         )
+        self._llm.collective_rpc("end_with", args=(os.getpid(),))
 
     def load(self, model_dir: Path) -> None:
         """Replace the weights in place; keys and values computed with the old ones are dropped."""

@@ -210,7 +210,7 @@ class Engine:
         await self._llm.collective_rpc("refresh_packed_weights")
 
     async def fingerprint(self) -> dict[str, str]:
-        """Return what `server.proof` finds by `<tensor>`, or by `<rank>/<tensor>` where ranks are several."""
+        """Return what `registry.proof` finds, by `<tensor>`, or by `<rank>/<tensor>` with several ranks."""
         ranks: list[dict[str, str]] = await self._llm.collective_rpc("weight_fingerprint")
         if len(ranks) == 1:
             return ranks[0]
@@ -237,7 +237,7 @@ def arguments(settings: ServerSettings, model_dir: Path) -> Namespace:
         "model": str(model_dir),
         "served_model_name": MODEL_NAME,
         "max_model_len": settings.max_model_len,
-        "worker_extension_cls": "server.worker.WorkerExtension",
+        "worker_extension_cls": "registry.worker.WorkerExtension",
         "disable_fastapi_docs": True,
         "allowed_origins": [],
     }
@@ -247,6 +247,10 @@ def arguments(settings: ServerSettings, model_dir: Path) -> Namespace:
             "enforce_eager": True,
             "dtype": "bfloat16",
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            # vLLM 0.32 on a CPU dies when a request with a seed is prefilled in chunks: it rewinds the
+            # generator's offset, which CPU generators have not.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, settings.max_model_len),
         }
     options |= settings.vllm_arguments
     parser = FlexibleArgumentParser(exit_on_error=False)

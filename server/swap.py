@@ -18,8 +18,8 @@ from typing import Any, Protocol, TypeVar
 import anyio.to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
+from registry import proof
 from registry.registry import BrokenVersion, Desired, Registry, Replica, Version
-from server import proof
 from server.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)

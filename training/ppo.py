@@ -46,8 +46,9 @@ LOGPROB_GAP_BOUND = 0.2
 class Episodes:
     """The experience of one update, on response tokens; tensors are (B, R), false or zero behind a response.
 
-    `old_logprobs` are the rollout engine's, `ref_logprobs` the reference policy's; `features` (B, R, D) are
-    the critic's hidden states before each token, `scores` (B,) the reward model's less the penalty.
+    `old_logprobs` are the sampling policy's as the trainer computes them, `ref_logprobs` the reference
+    policy's; `features` (B, R, D) are the critic's hidden states before each token, `scores` (B,) the reward
+    model's less the penalty. `logprob_gap` is the mean distance to the engine's own logprobs, in nats.
     """
 
     prompts: list[Prompt]
@@ -60,6 +61,7 @@ class Episodes:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    logprob_gap: float
 
 
 class Critic(nn.Module):  # type: ignore[misc]
@@ -153,15 +155,19 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         samples = self._rollouts.sample(self.policy_model, prompts, seed)
         width = max(len(sample.token_ids) for sample in samples)
         mask = torch.zeros(batch, width, dtype=torch.bool)
-        old = torch.zeros(batch, width)
+        engine = torch.zeros(batch, width)
         for row, sample in enumerate(samples):
             mask[row, : len(sample.token_ids)] = True
-            old[row, : len(sample.token_ids)] = torch.tensor(sample.logprobs)
+            engine[row, : len(sample.token_ids)] = torch.tensor(sample.logprobs)
         features = torch.zeros(batch, width, self.value_model.score.in_features)
         empty = torch.zeros(batch, width)
-        episodes = Episodes(prompts, samples, mask, old, empty, features, empty, empty, empty, empty)
+        episodes = Episodes(prompts, samples, mask, empty, empty, features, empty, empty, empty, empty, 0.0)
         with torch.no_grad():
-            episodes.ref_logprobs = self._reference_logprobs(episodes)
+            # With the engine's own logprobs, which differ by its rounding, ratios would start off 1.
+            episodes.old_logprobs = self._all_logprobs(self.policy_model, episodes)
+            episodes.logprob_gap = float((episodes.old_logprobs - engine)[mask].abs().mean())
+            _check_gap(episodes.logprob_gap)
+            episodes.ref_logprobs = self._all_logprobs(self.ref_model, episodes)
             episodes.scores = self._scores_and_features(episodes)
             episodes.values = self.value_model(features) * mask
         return episodes
@@ -183,13 +189,8 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         for _ in range(self.args.num_ppo_epochs):
             order = torch.randperm(len(episodes.samples), generator=generator).tolist()
             for start in range(0, len(order), size):
-                figures = self._mini_batch(episodes, order[start : start + size])
-                if not all_figures:
-                    _check_gap(figures["rollout/logprob_gap"])
-                all_figures.append(figures)
-        means = {name: sum(f[name] for f in all_figures) / len(all_figures) for name in all_figures[0]}
-        # Only before the first step is the policy the one that sampled.
-        return means | {"rollout/logprob_gap": all_figures[0]["rollout/logprob_gap"]}
+                all_figures.append(self._mini_batch(episodes, order[start : start + size]))
+        return {name: sum(f[name] for f in all_figures) / len(all_figures) for name in all_figures[0]}
 
     def _end_update(self, episodes: Episodes, figures: Mapping[str, float]) -> None:
         """Log the update, step the schedule and write a checkpoint where one is due."""
@@ -228,7 +229,6 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 "policy/entropy_avg": entropy.mean(),
                 "policy/approxkl_avg": 0.5 * difference.square().mean(),
                 "val/ratio": difference.exp().mean(),
-                "rollout/logprob_gap": difference.abs().mean(),
             }
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) * share
@@ -250,10 +250,10 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         items = [(episodes.prompts[row].token_ids, episodes.samples[row].token_ids) for row in rows]
         return response_logprobs(model, items, self.args.temperature)
 
-    def _reference_logprobs(self, episodes: Episodes) -> Tensor:
+    def _all_logprobs(self, model: PreTrainedModel, episodes: Episodes) -> Tensor:
         result = torch.zeros_like(episodes.old_logprobs)
         for rows in self._passes(episodes, range(len(episodes.samples))):
-            logprobs, _ = self._logprobs(self.ref_model, episodes, rows)
+            logprobs, _ = self._logprobs(model, episodes, rows)
             result[rows] = result[rows].masked_scatter(episodes.mask[rows], logprobs)
         return result
 
@@ -353,6 +353,7 @@ def _figures(episodes: Episodes, kl_coefficient: float) -> dict[str, float]:
         "objective/rlhf_reward": float((episodes.scores - kl_coefficient * kl).mean()),
         "objective/entropy": float(-(episodes.old_logprobs * mask).sum(1).mean()),
         "val/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-8)),
+        "rollout/logprob_gap": episodes.logprob_gap,
         "response/length": float(mask.sum(1).float().mean()),
         "response/ended": sum(ended) / len(ended),
     }

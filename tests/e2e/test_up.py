@@ -3,6 +3,7 @@
 The tests share one installation and run in their order; each checks the totals that those before it left.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import openai
@@ -179,6 +181,31 @@ def test_versions_on_the_command_line(up: Up) -> None:
     done = subprocess.run(command, env=up.environment, capture_output=True, text=True, check=True)
     name, state, *_, replicas = done.stdout.splitlines()[1].split()
     assert (name, state, replicas) == ("policy-0000", "serving", "1")
+
+
+def test_preferences_go_in_and_out_on_the_command_line(up: Up, store: Store, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"Question {number}?", "chosen": "A good answer.", "rejected": "A bad one."}
+        for number in range(7)
+    ]
+    file = tmp_path / "preferences.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = store.counts()["stored"]
+
+    def command(*arguments: str) -> None:
+        called = [sys.executable, "-m", "instructloop.cli", "feedback", *arguments]
+        done = subprocess.run(called, env=up.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for _ in range(2):  # a second import of the same file adds nothing
+        command("import", str(file), "--source", "by-hand")
+        eventually(lambda: store.counts()["stored"] >= before + 7, 30, "the comparisons are stored")
+    time.sleep(2)
+    assert store.counts()["stored"] == before + 7
+    command("export", str(tmp_path / "out"), "--format", "jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "preferences.jsonl").read_text().splitlines()]
+    assert [row["chosen"][0]["content"] for row in rows] == ["A good answer."] * 7
+    assert {row["source"] for row in rows} == {"by-hand"}
 
 
 def test_ctrl_c_leaves_no_process_and_the_next_start_remembers(up: Up) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from registry import proof
 from registry.registry import Desired, Registry, Replica
-from server import proof
 from server.metrics import ServerMetrics
 from server.swap import Failure, Status, Swapper, UnprovenWeights, target
 

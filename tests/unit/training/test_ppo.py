@@ -107,7 +107,12 @@ def test_rollout_logprobs_are_the_policys_own(model_dir: Path, tmp_path: Path) -
     ppo._begin()
     episodes = ppo._roll_out()
     # bfloat16 weights in the rollout checkpoint against mixed precision over float32 weights
-    assert torch.allclose(episodes.ref_logprobs, episodes.old_logprobs, atol=0.05)
+    for row, sample in enumerate(episodes.samples):
+        assert episodes.old_logprobs[row][episodes.mask[row]].tolist() == pytest.approx(
+            sample.logprobs, abs=0.05
+        )
+    assert 0 < episodes.logprob_gap < 0.02
+    assert torch.equal(episodes.ref_logprobs, episodes.old_logprobs)  # nothing has been learned yet
     items = [(p.token_ids, s.token_ids) for p, s in zip(episodes.prompts, episodes.samples, strict=True)]
     totals = total_logprobs(ppo.policy_model, items, SETTINGS.ppo_temperature)
     assert totals == pytest.approx((episodes.ref_logprobs * episodes.mask).sum(1).tolist(), abs=0.05)

@@ -3,7 +3,7 @@
 vLLM's own weight checksums are not enough on a CPU: there it packs the matrices of linear layers into a
 kernel's format and leaves empty tensors behind, whose checksums never change. So a packed layer is asked
 to multiply unit vectors, which reads columns of its matrix back exactly, and these are compared instead.
-It decides nothing and loads nothing from files; `server.swap` and `server.engine` do.
+It decides nothing and loads nothing into engines; `server` and `evaluation.sampler` do.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _OUTPUT = "lm_head.weight"
 
 
 class WeightProof:
-    """Runs inside vLLM's worker, which it becomes a part of through `server.worker`."""
+    """Runs inside vLLM's worker, which it becomes a part of through `registry.worker`."""
 
     model_runner: Any
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from server.proof import WeightProof, checkpoint_fingerprint, digest
+from registry.proof import WeightProof, checkpoint_fingerprint, digest
 
 N, K = 12, 40
 
