@@ -23,7 +23,7 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv || fail "no venv module: install it (Debian: apt-get install python3.11-venv)"
 fi
 
-say "installing $(grep -c == requirements.lock) pinned packages (about 4 GB; two minutes with a warm cache)"
+say "installing $(grep -c == requirements.lock) pinned packages (3 GB on disk; takes some minutes)"
 if ! .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.lock |
     sed -u '/already satisfied/d'; then

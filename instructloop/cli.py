@@ -274,6 +274,7 @@ def _feedback_import(arguments: argparse.Namespace) -> int:
 
     from instructloop import parts
 
+    _log_to_stderr()
     if not arguments.file.is_file():
         raise CommandProblem(f"{arguments.file}: no such file")
     return asyncio.run(parts.import_feedback(_config(arguments), arguments.file, arguments.source))

@@ -19,7 +19,7 @@ from instructloop.config import Config
 Level = Literal["ok", "note", "missing"]
 
 GIB = 2**30
-# Serving and training the default model at once took about 6 GiB; larger models need more.
+# With less than this, serving and training the default model at once gets tight; larger models need more.
 WANTED_MEMORY_GIB = 6.0
 WANTED_DISK_GIB = 5.0
 

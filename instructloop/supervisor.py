@@ -171,12 +171,14 @@ class _Supervisor:
             f"loading the model (about half a minute; log: {self._config.data_dir / 'logs' / 'serve.log'})",
         )
         ready, began, told = False, time.monotonic(), 0.0
-        while True:
+        while not self._stop.is_set():
             was_ready, ready = ready, await _answers(self._config.server.host, self._port, "/ready")
             waited = time.monotonic() - began
             if ready and not was_ready:
                 say("up", f"serving on http://{self._address()}/v1 (Ctrl-C stops everything)")
                 self._greet(await asyncio.to_thread(installation.ensure_keys, engine))
+            elif self._stop.is_set():
+                return
             elif was_ready and not ready:
                 began, told = time.monotonic(), 0.0
                 say("up", "the server is not ready")
