@@ -28,7 +28,7 @@ class EvaluationSettings(BaseModel):
         64, ge=2, description="How many held-out prompts the candidate and the version in service answer."
     )
     samples_per_prompt: int = Field(
-        2, ge=1, le=16, description="How many answers each of the two gives to a held-out prompt."
+        4, ge=1, le=16, description="How many answers each of the two gives to a held-out prompt."
     )
     max_tokens: int = Field(64, ge=1, description="The longest answer to a held-out prompt, in tokens.")
     temperature: float = Field(

@@ -119,6 +119,11 @@ def _spread(instructions: Sequence[Instruction], count: int | None) -> list[Inst
     return [instructions[position * len(instructions) // count] for position in range(count)]
 
 
+def _seed(course: _Course, number: int) -> int:
+    """Return the sampling seed of the demo's `number`-th request; another for each seed of the demo."""
+    return 1_000_000 * course.seed + number
+
+
 # -- rating
 
 
@@ -126,17 +131,18 @@ async def _rate(server: Server, course: _Course, instructions: Sequence[Instruct
     """Ask for answers to all instructions, rank them, and add thumbs and demonstrations."""
     sizes = course.sizes
 
-    # No request names a seed: vLLM 0.32 on a CPU loses its engine over a seeded request whose prompt it
-    # has to split. So `seed` settles what the rater picks, not what the policy answers.
-    async def ask(instruction: Instruction) -> Answer:
+    async def ask(item: tuple[int, Instruction]) -> Answer:
+        number, instruction = item
         return await server.ask(
             instruction.text,
             n=sizes.ranked,
             temperature=1.0,
             max_tokens=sizes.max_tokens,
+            seed=_seed(course, number),
         )
 
-    answers = await each(instructions, ask, Progress("answered", len(instructions)))
+    numbered = list(enumerate(instructions))
+    answers = await each(numbered, ask, Progress("answered", len(instructions)))
     events = _events(instructions, answers, random.Random(course.seed))
     course.event_ids = await each(events, server.give, Progress("feedback given", len(events)))
     for event in events:
@@ -146,7 +152,7 @@ async def _rate(server: Server, course: _Course, instructions: Sequence[Instruct
 def _events(
     instructions: Sequence[Instruction], answers: Sequence[Answer], chance: random.Random
 ) -> list[dict[str, Any]]:
-    """Return what the scripted rater says: a ranking each, thumbs on a third, demonstrations on a half."""
+    """Return what the scripted rater says: a ranking each, thumbs on a third, demonstrations where it can."""
     events: list[dict[str, Any]] = []
     demonstrations: list[dict[str, Any]] = []
     for number, (instruction, answer) in enumerate(zip(instructions, answers, strict=True)):
@@ -164,8 +170,7 @@ def _events(
         if text is not None:
             demonstrated = {"type": "demonstration", "completion_id": answer.completion_id, "text": text}
             demonstrations.append(demonstrated | common)
-    chance.shuffle(demonstrations)
-    return events + demonstrations[: len(instructions) // 2]
+    return events + demonstrations
 
 
 def _groups(completion_id: str, shares: Sequence[float]) -> list[list[dict[str, Any]]]:
@@ -210,17 +215,22 @@ async def _measure(
     """Sample answers to all instructions, and greedy ones, from what serves now."""
     sizes = course.sizes
 
-    async def ask(item: tuple[Instruction, bool]) -> tuple[str, ...]:
-        instruction, greedy = item
+    async def ask(item: tuple[int, Instruction, bool]) -> tuple[str, ...]:
+        number, instruction, greedy = item
         answer = await server.ask(
             instruction.text,
             n=1 if greedy else sizes.measured,
             temperature=0.0 if greedy else 0.7,
             max_tokens=sizes.max_tokens,
+            seed=_seed(course, 10_000 + number),
         )
         return answer.texts
 
-    work = [(instruction, greedy) for greedy in (False, True) for instruction in instructions]
+    work = [
+        (number, instruction, greedy)
+        for greedy in (False, True)
+        for number, instruction in enumerate(instructions)
+    ]
     texts = await each(work, ask, Progress("answered", len(work)))
     count = len(instructions)
     measured = Measurement(

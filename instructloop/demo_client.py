@@ -79,7 +79,7 @@ class Server:
             raise DemoProblem(f"the server is not ready: {response.text}")
         return str(response.json()["version"])
 
-    async def ask(self, text: str, *, n: int, temperature: float, max_tokens: int) -> Answer:
+    async def ask(self, text: str, *, n: int, temperature: float, max_tokens: int, seed: int) -> Answer:
         """Send one instruction as a chat and return its `n` answers."""
         body = {
             "model": "policy",
@@ -87,6 +87,7 @@ class Server:
             "n": n,
             "temperature": temperature,
             "max_tokens": max_tokens,
+            "seed": seed,
         }
         async with self._turns:
             found = (await self._send("POST", "/v1/chat/completions", self._client_key, body)).json()

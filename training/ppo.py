@@ -36,7 +36,7 @@ from training.reward_model import Report
 from training.rollouts import Rollouts, prompts_of_update
 from training.settings import TrainingSettings
 
-TOKENS_A_PASS = 2048
+TOKENS_A_PASS = 1024
 
 LOGPROB_GAP_BOUND = 0.2
 """Mean distance in nats between the engine's and the trainer's logprobs; beyond it they are two policies."""

@@ -49,7 +49,7 @@ def test_all_events_are_ones_that_the_server_takes() -> None:
     for event in events:
         FEEDBACK.validate_python(event)
     counts = {kind: sum(event["type"] == kind for event in events) for kind in ("thumb", "demonstration")}
-    assert counts == {"thumb": 54, "demonstration": 80}
+    assert counts == {"thumb": 54, "demonstration": 160}
 
 
 def test_a_ranking_in_which_all_are_tied_is_one_group() -> None:

@@ -94,13 +94,11 @@ async def test_choices_come_in_their_order_and_empty_ones_stay(site: Site) -> No
     ]
     site.reply = lambda handler: answer(handler, 200, {"id": "chatcmpl-1", "choices": choices})
     async with client(site) as server:
-        found = await server.ask("Frogs?", n=2, temperature=0.5, max_tokens=9)
+        found = await server.ask("Frogs?", n=2, temperature=0.5, max_tokens=9, seed=3)
     assert (found.completion_id, found.texts) == ("chatcmpl-1", ("frogs", ""))
     assert found.finish_reasons == ("length", "stop")
     body = site.seen[0][3]
-    assert (body["model"], body["n"], body["max_tokens"]) == ("policy", 2, 9)
-    # A seeded request can end vLLM's engine on a CPU.
-    assert "seed" not in body
+    assert (body["model"], body["n"], body["max_tokens"], body["seed"]) == ("policy", 2, 9, 3)
 
 
 async def test_a_completion_that_is_not_stored_yet_is_none(site: Site) -> None:
