@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test lint format defaults lock clean
+.PHONY: up test lint bench format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -28,6 +28,11 @@ test: lint
 	@$(RUN) pytest -v tests/integration
 	@echo '==> end-to-end tests: a real `instructloop up`'
 	@$(RUN) pytest -v tests/e2e
+
+# Figures, not tests: about a quarter of an hour on two cores.
+bench: .venv/.installed
+	@echo '==> the reward model on HH-RLHF (INSTRUCTLOOP_DATA, by default ../shared/data)'
+	@$(RUN) tests.benchmarks.reward_model_on_hh
 
 format: .venv/.installed
 	@$(RUN) ruff check --fix $(PACKAGES) tests docker

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evaluation.reward_model import TokenIds, autocast, pack, rows_by_tokens
+from evaluation.reward_model import DEVICE, TokenIds, autocast, last_hidden, pack, rows_by_tokens
 
 
 def response_logprobs(
@@ -22,15 +22,10 @@ def response_logprobs(
     """
     packed = pack([(prompt, [response]) for prompt, response in items])
     with autocast():
-        hidden = model.model(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=packed.attention_mask,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = last_hidden(model.model, packed)
         row, column = before_each_token(packed.spans)
         logits = model.lm_head(hidden[row, column]).float() / temperature
-    targets = packed.input_ids[row, column + 1]
+    targets = packed.input_ids[row, column + 1].to(DEVICE)
     log_normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(1, targets[:, None]).squeeze(1) - log_normaliser
     with torch.no_grad():

@@ -16,7 +16,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: floa
     """
     rewards = -kl_coefficient * kl * mask
     last = mask.sum(1) - 1
-    rewards[torch.arange(len(scores)), last] += scores
+    rewards[torch.arange(len(scores), device=last.device), last] += scores
     return rewards
 
 

@@ -28,7 +28,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl.experimental.ppo.ppo_trainer import masked_whiten
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import RewardModel, autocast, pack, rows_by_tokens
+from evaluation.reward_model import DEVICE, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
 from training.logprobs import before_each_token, response_logprobs
 from training.losses import generalised_advantages, policy_loss, token_rewards, value_loss
@@ -76,7 +76,7 @@ class Critic(nn.Module):  # type: ignore[misc]
     def __init__(self, reward_model: RewardModel) -> None:
         super().__init__()
         self.backbone = reward_model.backbone
-        self.score = nn.Linear(reward_model.head.in_features, 1)
+        self.score = nn.Linear(reward_model.head.in_features, 1, device=DEVICE)
         with torch.no_grad():
             self.score.weight.copy_(reward_model.head.weight / reward_model.scale)
             self.score.bias.copy_((reward_model.head.bias - reward_model.offset) / reward_model.scale)
@@ -154,13 +154,13 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         seed = (self.args.seed * 1_000_003 + update) * batch
         samples = self._rollouts.sample(self.policy_model, prompts, seed)
         width = max(len(sample.token_ids) for sample in samples)
-        mask = torch.zeros(batch, width, dtype=torch.bool)
-        engine = torch.zeros(batch, width)
+        mask = torch.zeros(batch, width, dtype=torch.bool, device=DEVICE)
+        engine = torch.zeros(batch, width, device=DEVICE)
         for row, sample in enumerate(samples):
             mask[row, : len(sample.token_ids)] = True
-            engine[row, : len(sample.token_ids)] = torch.tensor(sample.logprobs)
-        features = torch.zeros(batch, width, self.value_model.score.in_features)
-        empty = torch.zeros(batch, width)
+            engine[row, : len(sample.token_ids)] = torch.tensor(sample.logprobs, device=DEVICE)
+        features = torch.zeros(batch, width, self.value_model.score.in_features, device=DEVICE)
+        empty = torch.zeros_like(engine)
         episodes = Episodes(prompts, samples, mask, empty, empty, features, empty, empty, empty, empty, 0.0)
         with torch.no_grad():
             # With the engine's own logprobs, which differ by its rounding, ratios would start off 1.
@@ -259,7 +259,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
 
     def _scores_and_features(self, episodes: Episodes) -> Tensor:
         """Scores (B,); the critic's hidden states before each token are written to `episodes.features`."""
-        scores = torch.zeros(len(episodes.samples))
+        scores = torch.zeros(len(episodes.samples), device=DEVICE)
         for rows in self._passes(episodes, range(len(episodes.samples))):
             packed = pack(
                 [(episodes.prompts[row].token_ids, [episodes.samples[row].token_ids]) for row in rows]
@@ -271,7 +271,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 episodes.features[b, : int(episodes.mask[b].sum())] = hidden[place, column[row == place]]
             row, last = packed.last_tokens()
             scores[rows] = self.reward_model.score(hidden[row, last])
-        unended = torch.tensor([sample.finish_reason != "stop" for sample in episodes.samples])
+        unended = torch.tensor([sample.finish_reason != "stop" for sample in episodes.samples], device=DEVICE)
         return scores - self.args.missing_eos_penalty * unended
 
     def _save(self) -> None:
@@ -291,7 +291,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
 
     def _resume(self) -> None:
         # The reference is already in place: the trainer was built on the SFT policy, as the first time.
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = torch.load(self._checkpoint, map_location=DEVICE, weights_only=True)
         self.policy_model.load_state_dict(state["policy"])
         self.value_model.score.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from evaluation.comparison import Interval, clustered_mean
-from evaluation.reward_model import RewardModel, autocast, pack, rows_by_tokens, score_responses
+from evaluation.reward_model import DEVICE, RewardModel, autocast, pack, rows_by_tokens, score_responses
 from training.dataset import Comparison, Judgement, Side
 from training.settings import TrainingSettings
 
@@ -30,7 +30,7 @@ def ranking_loss(scores: Tensor, ranks: Sequence[int]) -> Tensor:
     -1/P sum over pairs with rank_w < rank_l of log sigmoid(r_w - r_l), P the number of such pairs: all pairs
     of a prompt weigh as one element (Ouyang et al. 2022, equation 1). Tied pairs are left out.
     """
-    order = torch.tensor(ranks)
+    order = torch.tensor(ranks, device=scores.device)
     better = order[:, None] < order[None, :]  # (K, K)
     differences = (scores[:, None] - scores[None, :])[better]
     return -functional.logsigmoid(differences).mean()
@@ -44,7 +44,9 @@ class PointwiseLoss(nn.Module):  # type: ignore[misc]
 
     def __init__(self, kinds: Sequence[str] = ("thumb", "rating")) -> None:
         super().__init__()
-        self.offsets = nn.ParameterDict({kind: nn.Parameter(torch.zeros(())) for kind in kinds})
+        self.offsets = nn.ParameterDict(
+            {kind: nn.Parameter(torch.zeros((), device=DEVICE)) for kind in kinds}
+        )
 
     def forward(self, score: Tensor, target: float, kind: str) -> Tensor:
         """Loss of one score () against a target in [0, 1]."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import ATTENTION
+from evaluation.reward_model import ATTENTION, DEVICE
 from evaluation.sampler import Sample, Sampler
 
 
@@ -20,7 +20,7 @@ def load_policy(directory: Path) -> PreTrainedModel:
     """Read a language model for training: float32 weights, which mixed precision multiplies as bfloat16."""
     return AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=torch.float32, attn_implementation=ATTENTION
-    )
+    ).to(DEVICE)
 
 
 def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

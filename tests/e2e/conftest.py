@@ -1,5 +1,5 @@
 """The fixture of a running installation, for every end-to-end test."""
 
-from running_up import up
+from running_up import settings, up
 
-__all__ = ["up"]
+__all__ = ["settings", "up"]

@@ -24,6 +24,7 @@ class Up:
 
     data_dir: Path
     model: Path
+    settings: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     process: "subprocess.Popen[str] | None" = None
     url: str = ""
@@ -33,13 +34,18 @@ class Up:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {
-            "INSTRUCTLOOP_DATA_DIR": str(self.data_dir),
-            "INSTRUCTLOOP_MODEL__PATH": str(self.model),
-            "INSTRUCTLOOP_SERVER__PORT": "0",
-            "INSTRUCTLOOP_SERVER__MAX_MODEL_LEN": "512",
-            "INSTRUCTLOOP_SERVER__KV_CACHE_GIB": "0.25",
-        }
+        own = {f"INSTRUCTLOOP_{name}": value for name, value in self.settings.items()}
+        return (
+            os.environ
+            | own
+            | {
+                "INSTRUCTLOOP_DATA_DIR": str(self.data_dir),
+                "INSTRUCTLOOP_MODEL__PATH": str(self.model),
+                "INSTRUCTLOOP_SERVER__PORT": "0",
+                "INSTRUCTLOOP_SERVER__MAX_MODEL_LEN": "512",
+                "INSTRUCTLOOP_SERVER__KV_CACHE_GIB": "0.25",
+            }
+        )
 
     def start(self) -> None:
         self.lines = []
@@ -142,10 +148,16 @@ def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 
 @pytest.fixture(scope="module")
-def up(model_dir: Path) -> Iterator[Up]:
+def settings() -> dict[str, str]:
+    """What a module's `up` has set (`SECTION__KEY`); a module with wishes defines its own."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def up(model_dir: Path, settings: dict[str, str]) -> Iterator[Up]:
     """An `up` that serves, shared by a module's tests, which run in their order."""
     with tempfile.TemporaryDirectory(prefix="il-up-") as directory:
-        running = Up(Path(directory), model_dir)
+        running = Up(Path(directory), model_dir, settings)
         running.start()
         try:
             running.wait_until_serving()
