@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -174,6 +175,8 @@ class Engine:
             tasks = await llm.get_supported_tasks()
             app = build_app(args, tasks, llm.model_config)
             await init_app_state(llm, app.state, args, tasks)
+            # vLLM's error handlers tell this server to exit when the engine is dead; ours watches by itself.
+            app.state.server = SimpleNamespace(should_exit=False)
         except BaseException:
             llm.shutdown(timeout=0)
             raise

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import anthropic
 import httpx
@@ -321,3 +322,18 @@ def test_the_engine_s_own_errors_and_routes(served: Installation, client: openai
         for path in ("/invocations", "/inference/v1/generate", "/pause", "/load", "/version", "/ping"):
             assert http.post(path, json={}).status_code == 404
             assert http.get(path).status_code == 404
+
+
+def test_a_crowd_of_seeded_requests_leaves_the_engine_alive(client: openai.OpenAI) -> None:
+    """More prompt tokens at once than the engine takes in a step: a CPU's must not split a seeded one."""
+
+    def ask(number: int) -> str:
+        found = client.completions.create(
+            model="policy", prompt=f"{number} " + "frog " * 250, max_tokens=2, seed=number, temperature=1.0
+        )
+        return found.choices[0].text
+
+    with ThreadPoolExecutor(40) as pool:
+        first = list(pool.map(ask, range(40)))
+    assert len(first) == 40
+    assert ask(7) == ask(7)
