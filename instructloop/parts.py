@@ -137,7 +137,7 @@ def _progress(what: str) -> Callable[[int], None]:
 def _trainer(config: Config):  # type: ignore[no-untyped-def]
     from feedback.store import Store
     from registry.rounds import Rounds
-    from training.round import Trainer
+    from training.trainer import Trainer
 
     engine = installation.open_database(config)
     return Trainer(

@@ -2,17 +2,12 @@
 
 Owns the order of the stages, their files and their resumption. A stage that has ended has left
 `<stage>.json` in the round's directory and is not run again; one that was killed starts over (PPO from its
-last checkpoint), on the same data with the same seeds. What happens inside a stage is in its own module.
+last checkpoint), on the same data with the same seeds. What happens inside a stage is in its own module; when
+a round is due is `training/trainer.py`'s.
 """
 
-import fcntl
 import json
-import logging
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
 from evaluation.reward_model import RewardModel
-from evaluation.sampler import Sampler, VllmSampler
+from evaluation.sampler import Sampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
@@ -37,9 +32,9 @@ from training.rollouts import Rollouts, load_policy, write_checkpoint
 from training.settings import TrainingSettings
 from training.sft import fine_tune
 
-logger = logging.getLogger(__name__)
-
 STAGES = ("dataset", "sft", "reward_model", "judge", "ppo", "publish", "gate")
+WORKING_FILES = ("sft", "sft_work", "ppo", "candidate", "rollout")
+"""What a round needs no more once its candidate is published."""
 
 Result = Mapping[str, Any]
 SamplerFactory = Callable[[Path, TrainingSettings], Sampler]
@@ -49,143 +44,32 @@ class RoundRefused(ValueError):  # noqa: N818
     """A round can't be run on this data; the message says what is missing."""
 
 
-class TrainerBusy(RuntimeError):  # noqa: N818
-    """Another trainer is at work on the same data directory."""
+class RoundRun:
+    """One round's run through the stages, in its own `directory` beside those of the other rounds.
 
-
-class Trainer:
-    """Runs rounds, one at a time, on the store and the registry it is given.
-
-    `data_dir` holds `rounds/NNNN/` with a round's working files, and the lock; `make_sampler` starts the
-    engine for rollouts and held-out answers.
+    `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it.
     """
 
     def __init__(
         self,
+        round_: Round,
+        directory: Path,
         *,
-        settings: TrainingSettings,
-        evaluation: EvaluationSettings,
         store: Store,
         registry: Registry,
         rounds: Rounds,
-        data_dir: Path,
-        max_model_len: int,
-        make_sampler: SamplerFactory | None = None,
+        make_sampler: SamplerFactory,
     ) -> None:
-        self._settings = settings
-        self._evaluation = evaluation
+        self._round = round_
+        self._directory = directory
         self._store = store
         self._registry = registry
         self._rounds = rounds
-        self._root = data_dir / "rounds"
-        self._make_sampler = make_sampler or (
-            lambda model_dir, chosen: VllmSampler(
-                model_dir,
-                max_model_len=max_model_len,
-                kv_cache_gib=chosen.kv_cache_gib,
-                vllm_arguments=chosen.vllm_arguments,
-            )
-        )
-
-    def run_once(self, minimum_events: int = 0) -> Round | None:
-        """Finish the round that a killed trainer left, else run one on all feedback since the last.
-
-        Returns the round when it has ended (`done` or `failed`), None when there is nothing to learn from.
-        Raises TrainerBusy while another trainer holds the lock.
-        """
-        with self._lock():
-            return self._run_once(minimum_events)
-
-    def run_every(self, seconds: float, minimum_events: int, stop: threading.Event) -> None:
-        """Run a round whenever one is asked for, and every `seconds` where enough events have come.
-
-        Holds the lock until `stop` is set; raises TrainerBusy at once if another trainer has it.
-        """
-        with self._lock():
-            if self._rounds.unfinished() is not None:
-                self._run_once(0)
-            due = time.monotonic() + seconds
-            while not stop.wait(1.0):
-                if self._rounds.requested() is not None:
-                    self._run_once(0)
-                elif time.monotonic() >= due:
-                    due = time.monotonic() + seconds
-                    self._run_once(minimum_events)
-
-    def _run_once(self, minimum_events: int) -> Round | None:
-        round_ = self._rounds.unfinished()
-        if round_ is None:
-            last = self._rounds.last_done()
-            cursor, cutoff = (last.cutoff or 0) if last else 0, self._store.head()
-            requested = self._rounds.requested() is not None
-            if not requested and cutoff - cursor < max(1, minimum_events):
-                return None
-            round_ = self._begin(cursor, cutoff, last)
-        else:
-            logger.info("round %d was not finished: going on with it", round_.id)
-        work = _Work(round_, self._root / f"{round_.id:04d}", self)
-        try:
-            verdict, version = work.run()
-        except Exception as problem:
-            # Whatever it was: a round left `running` would be taken up, and fail, again and again.
-            logger.exception("round %d failed", round_.id)
-            stage = self._rounds.get(round_.id).stage or "dataset"
-            self._rounds.finish(round_.id, "failed", error=f"{stage}: {problem}")
-        else:
-            self._rounds.finish(round_.id, "done", version=version, verdict=verdict)
-            self._tidy(round_.id)
-        return self._rounds.get(round_.id)
-
-    def _begin(self, cursor: int, cutoff: int, last: Round | None) -> Round:
-        desired = self._registry.desired()
-        if desired is None:
-            raise RoundRefused("no version is in service, so there is nothing to train from")
-        previous = self._root / f"{last.id:04d}" / "reward_model" if last else None
-        config = {
-            "parent": desired.name,
-            "reward_model_from": last.id
-            if last and previous and (previous / "head.safetensors").exists()
-            else None,
-            "training": self._settings.model_dump(mode="json"),
-            "evaluation": self._evaluation.model_dump(mode="json"),
-        }
-        return self._rounds.begin(cursor, cutoff, config, self._settings.seed)
-
-    def _tidy(self, round_id: int) -> None:
-        """Keep the working files of the latest rounds only, and of those no checkpoint that was published."""
-        for name in ("sft", "sft_work", "ppo", "candidate", "rollout"):
-            shutil.rmtree(self._root / f"{round_id:04d}" / name, ignore_errors=True)
-        directories = sorted(path for path in self._root.iterdir() if path.is_dir())
-        for old in directories[: -self._settings.keep_rounds]:
-            shutil.rmtree(old)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / "lock").open("w") as file:
-            try:
-                # The kernel lets go of it when the process ends, however it ends.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TrainerBusy(f"another trainer holds {self._root / 'lock'}") from None
-            yield
-
-
-class _Work:
-    """One round's run through the stages, in its own directory."""
-
-    def __init__(self, round_: Round, directory: Path, trainer: Trainer) -> None:
-        self._round = round_
-        self._directory = directory
-        self._registry = trainer._registry
-        self._rounds = trainer._rounds
-        self._store = trainer._store
-        self._make_sampler = trainer._make_sampler
-        self._root = trainer._root
+        self._make_sampler = make_sampler
         # The round's own settings: a resumed round goes on as it began, whatever has been changed since.
         self._settings = TrainingSettings(**round_.config["training"])
         self._evaluation = EvaluationSettings(**round_.config["evaluation"])
-        self._parent = self._registry.version(round_.config["parent"])
+        self._parent = registry.version(round_.config["parent"])
         self._sampler: Sampler | None = None
 
     def run(self) -> tuple[Result, str]:
@@ -262,7 +146,7 @@ class _Work:
     def _reward_model(self) -> Result:
         """Fit the reward model that PPO maximises, on the training prompts."""
         previous = self._round.config["reward_model_from"]
-        start = self._root / f"{previous:04d}" / "reward_model" if previous is not None else None
+        start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
         model = self._fit(self._dataset.train, "reward_model", start)
         accuracy = accuracy_by_source(model, self._dataset.held_out.comparisons, self._settings.seed)
         figures = {
