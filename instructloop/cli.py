@@ -38,10 +38,9 @@ _EXPECTED = (
     ("registry.rounds", "RoundConflict"),
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
-    ("training.trainer", "TrainerBusy"),
     ("sqlalchemy.exc", "OperationalError"),
-    ("training.trainer", "TrainerBusy"),
     ("training.round", "RoundRefused"),
+    ("training.trainer", "TrainerBusy"),
 )
 _UNIT_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
