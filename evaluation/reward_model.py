@@ -37,7 +37,8 @@ class RewardModel(nn.Module):  # type: ignore[misc]
         self.backbone = backbone
         width = backbone.config.hidden_size
         self.head = nn.Linear(width, 1, device=DEVICE)
-        nn.init.normal_(self.head.weight, std=1 / (width + 1) ** 0.5)
+        # From zero: scores of a random head would be noise that the trunk has to unlearn first.
+        nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("offset", torch.zeros((), device=DEVICE))
         self.register_buffer("scale", torch.ones((), device=DEVICE))

@@ -106,6 +106,9 @@ class VllmSampler:
 
 def _set_environment() -> None:
     """Set what vLLM reads from the environment when it is imported; what the user has set stands."""
+    # vLLM would pin every engine of a machine to the same cores, this one to those of the server's.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -249,7 +249,7 @@ async def _measure(
 
 
 async def _run_round(server: Server, course: _Course, crowd: Crowd) -> dict[str, Any]:
-    """Ask for a round, show its progress, let the crowd in before the verdict; return the round."""
+    """Ask for a round, show its progress, let the crowd in before a swap; return the round."""
     round_id = await server.request_round()
     print(f"Round {round_id} was asked for:", flush=True)
     shown = RoundLine()
@@ -258,10 +258,11 @@ async def _run_round(server: Server, course: _Course, crowd: Crowd) -> dict[str,
         state = await server.round(round_id)
         shown(state)
         if state["state"] in ("done", "failed"):
+            if _promoted(state):
+                # A replica proves a version's files before it pauses, so the streams are there in time.
+                print(f"  {course.sizes.streams} clients stream from here on, across the swap", flush=True)
+                crowd.start()
             return state
-        if not crowd.started and await _verdict_is_near(server, state):
-            print(f"\n  {course.sizes.streams} clients stream from here on, across the swap", flush=True)
-            crowd.start()
         if time.monotonic() > deadline:
             raise DemoProblem(
                 f"round {round_id} did not end in {course.sizes.round_minutes:g} minutes (it is "
@@ -270,16 +271,13 @@ async def _run_round(server: Server, course: _Course, crowd: Crowd) -> dict[str,
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _verdict_is_near(server: Server, state: dict[str, Any]) -> bool:
-    """Whether the round has a candidate, so that its swap may come any moment."""
-    if str(state["stage"]).startswith(("evaluat", "gate", "publish")):
-        return True
-    return any(found["round"] == state["id"] for found in await server.versions())
+def _promoted(state: dict[str, Any]) -> bool:
+    return state["state"] == "done" and bool((state["verdict"] or {}).get("promote"))
 
 
 async def _wait_for_swap(server: Server, finished: dict[str, Any], before: str) -> str:
     """Return the version that serves after the round: the candidate, once every replica has it."""
-    if finished["state"] != "done" or not (finished["verdict"] or {}).get("promote"):
+    if not _promoted(finished):
         return before
     wanted = finished["version"]
     deadline = time.monotonic() + _SWAP_SECONDS

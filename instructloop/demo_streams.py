@@ -49,11 +49,6 @@ class Crowd:
         self._leaving = asyncio.Event()
         self._tasks: list[asyncio.Task[list[Stream]]] = []
 
-    @property
-    def started(self) -> bool:
-        """Whether the crowd is there."""
-        return bool(self._tasks)
-
     def start(self) -> None:
         """Let all clients begin; more than once is once."""
         if not self._tasks:

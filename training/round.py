@@ -272,7 +272,8 @@ class RoundRun:
         return self._sampler
 
     def _fit(self, side: Side, name: str, start: Path | None) -> RewardModel:
-        model = RewardModel.load(start) if start else RewardModel.from_decoder(self._parent.path)
+        # As in InstructGPT, a first reward model starts from the SFT policy, with a new head.
+        model = RewardModel.load(start) if start else RewardModel.from_decoder(self._directory / "sft")
         with self._progress(name) as report:
             fit(model, side, self._settings, report)
         model.save(self._directory / name)

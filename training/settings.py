@@ -43,11 +43,11 @@ class TrainingSettings(BaseModel):
     reward_batch: int = Field(
         8, ge=1, description="Prompts (each with all its responses) a reward-model step."
     )
-    ppo_updates: int = Field(12, ge=1, description="PPO updates in a round, each on fresh episodes.")
+    ppo_updates: int = Field(8, ge=1, description="PPO updates in a round, each on fresh episodes.")
     ppo_batch: int = Field(32, ge=2, description="Episodes an update: one sampled response to a prompt each.")
     ppo_mini_batches: int = Field(2, ge=1, description="Optimiser steps an epoch; divides `ppo_batch`.")
     ppo_epochs: int = Field(2, ge=1, description="Passes over an update's episodes.")
-    ppo_learning_rate: float = Field(5e-5, gt=0, description="Learning rate of the policy in PPO.")
+    ppo_learning_rate: float = Field(1e-5, gt=0, description="Learning rate of the policy in PPO.")
     ppo_critic_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value head in PPO.")
     ppo_kl_coefficient: float = Field(
         0.05,
