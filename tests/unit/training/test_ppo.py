@@ -136,6 +136,7 @@ def test_the_end_token_is_part_of_the_episode(model_dir: Path, tmp_path: Path) -
 def test_the_critic_starts_as_the_reward_model(model_dir: Path) -> None:
     torch.manual_seed(0)
     reward_model = RewardModel.from_decoder(model_dir)
+    torch.nn.init.normal_(reward_model.head.weight)
     reward_model.offset.fill_(0.3)
     reward_model.scale.fill_(2.5)
     features = torch.randn(5, 128)

@@ -44,6 +44,7 @@ def _comparisons(count: int, seed: int) -> list[Comparison]:
 def test_packed_scores_are_those_of_separate_sequences(model_dir: Path) -> None:
     torch.manual_seed(0)
     model = RewardModel.from_decoder(model_dir).eval()
+    torch.nn.init.normal_(model.head.weight)
     generator = random.Random(0)
     items = [
         (_tokens(generator, 4), [_tokens(generator, n) for n in (3, 7, 5)]),
@@ -105,7 +106,7 @@ def test_thumbs_alone_teach_too(model_dir: Path) -> None:
         for response, rank in zip(c.responses, c.ranks, strict=True)
         if rank in (0, 3)
     ]
-    settings = TrainingSettings(reward_epochs=12, reward_learning_rate=3e-3)
+    settings = TrainingSettings(reward_epochs=20, reward_learning_rate=1e-3)
     fit(model, Side(judgements=thumbs), settings, lambda *_: None)
     assert accuracy_by_source(model, _comparisons(40, seed=4))["synthetic"]["model"].low > 0.65
 
