@@ -27,8 +27,12 @@ class Comparison:
 
     @property
     def combined(self) -> float:
-        """The checks' outcome where they tell the two apart, else the judge's: a program does not err."""
-        return self.judge if self.checks is None or self.checks == 0.5 else self.checks
+        """The checks' outcome where the prompt has some, else the judge's.
+
+        A program does not err. A judge fitted to a few rankings does: one that hardly told pairs apart, asked
+        where the checks tied, overruled a candidate that met more constraints.
+        """
+        return self.judge if self.checks is None else self.checks
 
 
 @dataclass(frozen=True, slots=True)

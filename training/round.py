@@ -148,24 +148,13 @@ class RoundRun:
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
         model = self._fit(self._dataset.train, "reward_model", start)
-        accuracy = accuracy_by_source(model, self._dataset.held_out.comparisons, self._settings.seed)
-        figures = {
-            f"held_out_accuracy/{source}/{name}": interval.estimate
-            for source, by_name in accuracy.items()
-            for name, interval in by_name.items()
-        }
-        self._rounds.metric(self._round.id, "reward_model", 0, figures)
-        return {
-            "held_out_accuracy": {
-                source: {name: interval.figures() for name, interval in by_name.items()}
-                for source, by_name in accuracy.items()
-            }
-        }
+        return self._accuracy(model, "reward_model", self._dataset.held_out)
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""
-        self._fit(self._dataset.held_out, "judge", None)
-        return self._dataset.held_out.counts()
+        model = self._fit(self._dataset.held_out, "judge", None)
+        # The other side's pairs are new to this one.
+        return self._accuracy(model, "judge", self._dataset.train)
 
     def _ppo(self) -> Result:
         policy = load_policy(self._directory / "sft")
@@ -278,6 +267,22 @@ class RoundRun:
             fit(model, side, self._settings, report)
         model.save(self._directory / name)
         return model
+
+    def _accuracy(self, model: RewardModel, stage: str, unseen: Side) -> Result:
+        """Keep and return how often `model` is right on pairs of prompts that it was not fitted to."""
+        accuracy = accuracy_by_source(model, unseen.comparisons, self._settings.seed)
+        figures = {
+            f"held_out_accuracy/{source}/{name}": interval.estimate
+            for source, by_name in accuracy.items()
+            for name, interval in by_name.items()
+        }
+        self._rounds.metric(self._round.id, stage, 0, figures)
+        return {
+            "held_out_accuracy": {
+                source: {name: interval.figures() for name, interval in by_name.items()}
+                for source, by_name in accuracy.items()
+            }
+        }
 
     def _progress(self, stage: str) -> Progress:
         return Progress(

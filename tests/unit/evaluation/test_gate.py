@@ -52,9 +52,9 @@ def test_what_is_not_promoted_says_why(verdict: Verdict, says: str) -> None:
     assert any(says in reason for reason in verdict.reasons), verdict.reasons
 
 
-def test_checks_overrule_the_judge_where_they_tell_the_two_apart() -> None:
+def test_checks_decide_where_the_prompt_has_some() -> None:
     assert Comparison("p", judge=1.0).combined == 1.0
-    assert Comparison("p", judge=1.0, checks=0.5).combined == 1.0
+    assert Comparison("p", judge=1.0, checks=0.5).combined == 0.5
     assert Comparison("p", judge=1.0, checks=0.0).combined == 0.0
     assert Comparison("p", judge=0.0, checks=1.0).combined == 1.0
     # A judge that PPO fooled likes every answer; the checks see that they got worse.
