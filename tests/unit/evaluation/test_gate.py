@@ -62,7 +62,7 @@ def test_checks_decide_where_the_prompt_has_some() -> None:
     assert not fooled.promote
     assert fooled.figures["judge"]["estimate"] == 1.0
     assert fooled.figures["checks"]["estimate"] == 0.125
-    assert fooled.figures["combined"]["estimate"] == 0.25
+    assert fooled.figures["combined"]["estimate"] == 0.125
     assert "By the checks alone, on the 40 prompts" in fooled.reasons[-1]
 
 
