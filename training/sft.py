@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from training.dataset import Demonstration
@@ -53,6 +53,7 @@ def fine_tune(
         processing_class=tokenizer,
         callbacks=[_Progress(report)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model
 
