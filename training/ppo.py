@@ -395,7 +395,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         trunk, head = trunk_and_head(self.policy_model)
         tokens = int(episodes.mask[episodes.of(prompts)].sum())
         totals: dict[str, Tensor] = {}
-        for group in self._own(self._passes(episodes, prompts)):
+        for group in self._passes(episodes, self._own(prompts)):
             rows = episodes.of(group)
             mask = episodes.mask[rows]
             packed = pack(episodes.items(group))
@@ -434,10 +434,10 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         number = self.state.global_step * settings.ppo_epochs * settings.ppo_mini_batches + step
         texts = self._texts.batch(number, settings.ppo_ptx_batch, self.args.seed)
         totals: dict[str, Tensor] = {}
-        for group in self._own(rows_by_tokens([len(text) for text in texts], TOKENS_A_PASS)):
-            logprobs, _ = response_logprobs(
-                self.policy_model, [(texts[i][:1], [texts[i][1:]]) for i in group], temperature=1.0
-            )
+        own = [texts[i] for i in self._own(range(len(texts)))]
+        for group in rows_by_tokens([len(text) for text in own], TOKENS_A_PASS):
+            pieces = [(own[i][:1], [own[i][1:]]) for i in group]
+            logprobs, _ = response_logprobs(self.policy_model, pieces, temperature=1.0)
             share = len(group) / len(texts)
             loss = -logprobs.mean()
             self.accelerator.backward(settings.ppo_ptx_coefficient * loss * share)
@@ -461,7 +461,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 average.lerp_(parameter, 1 - self._settings.ppo_ema_decay)
         return float(norm)
 
-    # -- one process or several: each takes every n-th pass, and sums make the others' results its own
+    # -- one process or several: each takes every n-th prompt, and sums make the others' results its own
 
     def _from_first(self, make: Callable[[], Any]) -> Any:
         """Return what `make` gives in the first process."""
@@ -471,13 +471,15 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _own(self, passes: Iterator[list[int]]) -> list[list[int]]:
-        return list(passes)[self.accelerator.process_index :: self.accelerator.num_processes]
+    def _own(self, indices: Sequence[int]) -> list[int]:
+        # By the number itself: in every mini-batch a prompt is with the process that has its features.
+        of, mine = self.accelerator.num_processes, self.accelerator.process_index
+        return [index for index in indices if index % of == mine]
 
     def _all(self, compute: Callable[[Sequence[list[int]]], Tensor], episodes: Episodes) -> Tensor:
         """Return the tensor of which `compute` fills in the rows of the passes that it is given."""
-        passes = self._own(self._passes(episodes, range(len(episodes.prompts))))
-        result: Tensor = self.accelerator.reduce(compute(passes), reduction="sum")
+        own = self._own(range(len(episodes.prompts)))
+        result: Tensor = self.accelerator.reduce(compute(list(self._passes(episodes, own))), reduction="sum")
         return result
 
     def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""One PPO update of ours beside one of unmodified TRL 1.12.0's `PPOTrainer`: CPU seconds, phases, peak memory.
+"""One PPO update of ours beside one of unmodified TRL 1.12.0's: CPU seconds, phases, peak memory.
 
-Equal work: the same model, prompts of 48 tokens, 16 responses of 48 tokens, epochs, optimiser steps, all weights
-of the policy trained. TRL cannot do without a critic as large as the policy; ours is the default one, a value
-head on the reward model. Each contender runs in a process of its own, in turn, all in one run; memory is that of
-the process with its children (the rollout engine). Run it with `make bench-ppo`; about ten minutes on two cores.
+Equal work: the same model, prompts of 48 tokens, 16 responses of 48 tokens, epochs, optimiser steps, all
+weights of the policy trained. TRL cannot do without a critic as large as the policy; ours is the default one,
+a value head on the reward model. Each contender runs in a process of its own, in turn, all in one run; memory
+is that of the process with its children (the rollout engine). Run it with `make bench-ppo`; about ten minutes
+on two cores.
 """
 
 import argparse
@@ -79,11 +80,11 @@ def _summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def _in_a_process(case: str, contender: str) -> dict[str, Any]:
     # The same allocator settings as the trainer's own process has: TRL gains from them, too.
-    from instructloop.processes import TRAINER_ENVIRONMENT
+    from instructloop import processes
 
     command = [sys.executable, "-m", "tests.benchmarks.ppo_against_trl", "--child", case, contender]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | TRAINER_ENVIRONMENT
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=processes.environment(os.environ)
     )
     peak, over = [0], threading.Event()
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, over))
@@ -149,13 +150,13 @@ def _contender(case: str, contender: str) -> dict[str, Any]:
 
     from evaluation.contest import Prompt
     from instructloop import model
-    from instructloop.demo_instructions import TRAINING
+    from instructloop.demo_instructions import training
 
     torch.manual_seed(0)
     model_dir = model.ensure_default_model(ROOT / ".instructloop" / "test-model")
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     prompts = []
-    for i, instruction in enumerate(TRAINING[: 4 * EPISODES]):
+    for i, instruction in enumerate(training()):
         messages = [{"role": "user", "content": instruction.text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(ids) >= PROMPT:
@@ -164,12 +165,14 @@ def _contender(case: str, contender: str) -> dict[str, Any]:
         raise SystemExit(f"only {len(prompts)} instructions have {PROMPT} tokens")
     run = _stock if contender == STOCK else _ours
     with tempfile.TemporaryDirectory() as work:
-        updates = run(model_dir, tokenizer, prompts[:EPISODES], CASES[case], Path(work), OURS.get(contender, 1))
+        updates = run(
+            model_dir, tokenizer, prompts[:EPISODES], CASES[case], Path(work), OURS.get(contender, 1)
+        )
     return {"updates": updates[1:]}
 
 
 def _ours(
-    model_dir: Path, tokenizer: Any, prompts: list[Any], case: dict[str, Any], work: Path, each: int
+    model_dir: Path, tokenizer: Any, prompts: list[Any], *, case: dict[str, Any], work: Path, each: int
 ) -> list[dict[str, Any]]:
     from evaluation.reward_model import RewardModel
     from evaluation.sampler import VllmSampler
@@ -229,7 +232,7 @@ def _ours(
 
 
 def _stock(
-    model_dir: Path, tokenizer: Any, prompts: list[Any], case: dict[str, Any], work: Path, each: int
+    model_dir: Path, tokenizer: Any, prompts: list[Any], *, case: dict[str, Any], work: Path, each: int
 ) -> list[dict[str, Any]]:
     import torch
     from datasets import Dataset
