@@ -5,7 +5,8 @@ words, without commas). The start is the default instruction model. Per seed: th
 training instructions four times each, the answers are ranked by the gold preference, a reward model is fitted
 to these rankings, and PPO runs on the same prompts, with and without the reward model's ensemble of heads and
 with and without the pretraining mix. Then start and candidate answer held-out instructions, and HellaSwag
-shows what was unlearned (INSTRUCTLOOP_DATA, by default ../shared/data). Prints JSON. `make bench-quality`; about
+shows what was unlearned (INSTRUCTLOOP_DATA, by default ../shared/data). Prints JSON. Run it with
+`make bench-quality`; about
 three quarters of an hour on two cores for three seeds.
 """
 
