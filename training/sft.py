@@ -1,18 +1,22 @@
 """The SFT stage: TRL's SFTTrainer on what people wrote, with loss on the response only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from training.dataset import Demonstration
+from training.progress import ReportedLogs
 from training.reward_model import Report
 from training.rollouts import load_policy
 from training.settings import TrainingSettings
+
+EpochEnd = Callable[[int, float, PreTrainedModel], None]
+"""Called after each epoch with its number (from 1), the mean loss of its steps, and the policy as it is."""
 
 
 def fine_tune(
@@ -23,6 +27,7 @@ def fine_tune(
     settings: TrainingSettings,
     work: Path,
     report: Report,
+    epoch_end: EpochEnd = lambda epoch, loss, policy: None,
 ) -> Any:
     """Return the policy of `model_dir` fine-tuned on the demonstrations, in float32.
 
@@ -51,11 +56,17 @@ def fine_tune(
         args=config,
         train_dataset=HfDataset.from_list([_row(item) for item in demonstrations]),
         processing_class=tokenizer,
-        callbacks=[_Progress(report)],
+        callbacks=[ReportedLogs(report), _Epochs(epoch_end)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model
+
+
+def checkpoint_epochs(epochs: int, count: int) -> list[int]:
+    """Return the epochs (from 1) to keep a checkpoint of: `count` evenly spread, the last among them."""
+    count = min(epochs, count)
+    return [round(epochs * k / count) for k in range(1, count + 1)]
 
 
 def _row(item: Demonstration) -> dict[str, list[int]]:
@@ -63,13 +74,19 @@ def _row(item: Demonstration) -> dict[str, list[int]]:
     return {"input_ids": [*prompt, *response], "labels": [*[-100] * len(prompt), *response]}
 
 
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Hands the trainer's logged figures on."""
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells of each epoch's end."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, epoch_end: EpochEnd) -> None:
+        self._epoch_end = epoch_end
+        self._losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Report the loss of a step; the closing summary has none."""
+        """Remember the loss of a step."""
         if logs and "loss" in logs:
-            self._report(state.global_step, state.max_steps, {"loss": float(logs["loss"])})
+            self._losses.append(float(logs["loss"]))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Tell, and begin the next epoch's mean."""
+        self._epoch_end(round(state.epoch), sum(self._losses) / len(self._losses), model)
+        self._losses.clear()

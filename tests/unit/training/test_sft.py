@@ -1,5 +1,6 @@
 """SFT: the loss is that of the response alone, and it is learned."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from evaluation.contest import Prompt
 from training.dataset import Demonstration
 from training.rollouts import load_policy
 from training.settings import TrainingSettings
-from training.sft import fine_tune
+from training.sft import checkpoint_epochs, fine_tune
 
 # One batch of eight, with responses of different lengths.
 DEMONSTRATIONS = [Demonstration(Prompt(str(i), [3, 5 + i, 6]), [7, *[8 + i] * (i % 3), 2]) for i in range(8)]
@@ -41,3 +42,35 @@ def test_loss_is_on_the_response_only_and_falls(tmp_path: Path) -> None:
     assert len(losses) == 20
     assert losses[0] == pytest.approx(_slow_loss(load_policy(model_dir), DEMONSTRATIONS), rel=0.01)
     assert _slow_loss(tuned.eval(), DEMONSTRATIONS) < 0.2 * losses[0]
+
+
+def test_each_epoch_is_told_with_its_loss_and_its_weights(tmp_path: Path) -> None:
+    model_dir = tiny_model(tmp_path / "policy")
+    demonstrations = DEMONSTRATIONS * 2  # two steps an epoch
+    losses: list[float] = []
+    epochs: list[tuple[int, float, torch.Tensor]] = []
+    tuned = fine_tune(
+        model_dir,
+        tiny_tokenizer(),
+        demonstrations,
+        settings=TrainingSettings(sft_epochs=3, sft_learning_rate=5e-3),
+        work=tmp_path / "work",
+        report=lambda step, steps, figures: losses.append(figures["loss"]),
+        epoch_end=lambda epoch, loss, policy: epochs.append(
+            (epoch, loss, policy.lm_head.weight.detach().clone())
+        ),
+    )
+    assert [epoch for epoch, _, _ in epochs] == [1, 2, 3]
+    assert [loss for _, loss, _ in epochs] == pytest.approx([sum(losses[i : i + 2]) / 2 for i in (0, 2, 4)])
+    assert torch.equal(epochs[2][2], tuned.lm_head.weight)
+    assert not torch.equal(epochs[1][2], epochs[2][2])
+
+
+def test_checkpoints_are_spread_over_the_epochs() -> None:
+    for epochs, count in itertools.product(range(1, 40), range(1, 9)):
+        kept = checkpoint_epochs(epochs, count)
+        assert len(set(kept)) == len(kept) == min(epochs, count)
+        assert kept == sorted(kept)
+        assert kept[-1] == epochs
+        gaps = [after - before for before, after in itertools.pairwise([0, *kept])]
+        assert max(gaps) - min(gaps) <= 1
