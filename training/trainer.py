@@ -23,6 +23,16 @@ from training.settings import TrainingSettings
 logger = logging.getLogger(__name__)
 
 
+def vllm_sampler(max_model_len: int) -> SamplerFactory:
+    """Return what starts the engine for rollouts and answers; prompt plus response are bounded in tokens."""
+    return lambda model_dir, settings: VllmSampler(
+        model_dir,
+        max_model_len=max_model_len,
+        kv_cache_gib=settings.kv_cache_gib,
+        vllm_arguments=settings.vllm_arguments,
+    )
+
+
 class TrainerBusy(RuntimeError):  # noqa: N818
     """Another trainer is at work on the same data directory."""
 
@@ -52,14 +62,7 @@ class Trainer:
         self._registry = registry
         self._rounds = rounds
         self._root = data_dir / "rounds"
-        self._make_sampler = make_sampler or (
-            lambda model_dir, chosen: VllmSampler(
-                model_dir,
-                max_model_len=max_model_len,
-                kv_cache_gib=chosen.kv_cache_gib,
-                vllm_arguments=chosen.vllm_arguments,
-            )
-        )
+        self._make_sampler = make_sampler or vllm_sampler(max_model_len)
 
     def run_once(self, minimum_events: int = 0) -> Round | None:
         """Finish the round that a killed trainer left, else run one on all feedback since the last.
