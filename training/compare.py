@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -318,7 +318,7 @@ class _Unrecorded(Rounds):
     def __init__(self) -> None:
         pass
 
-    def stage(self, round_id: int, name: str, state: str) -> None:
+    def stage(self, round_id: int, name: str, state: str, *_: object) -> None:
         pass
 
     def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -326,23 +326,9 @@ class _Unrecorded(Rounds):
 
 
 def _round(chosen: Mapping[str, Any], config: Mapping[str, Any]) -> Round:
-    return Round(
-        id=0,
-        state="running",
-        stage=None,
-        cursor=chosen["cursor"],
-        cutoff=chosen["cutoff"],
-        config=config,
-        config_hash=None,
-        seed=config["training"]["seed"],
-        version=None,
-        verdict=None,
-        error=None,
-        requested_by=None,
-        requested_at=None,
-        started_at=None,
-        ended_at=None,
-    )
+    unset: dict[str, Any] = dict.fromkeys(field.name for field in fields(Round))
+    begun = {"id": 0, "state": "running", "cursor": chosen["cursor"], "cutoff": chosen["cutoff"]}
+    return Round(**unset | begun | {"config": config, "seed": config["training"]["seed"]})
 
 
 def _interval(figures: Mapping[str, Any] | None) -> str:

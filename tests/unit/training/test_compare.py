@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.training.installation import EVALUATION, SETTINGS, Installation
+from unit.training.prepared import EVALUATION, SETTINGS, Installation
 from unit.training.tiny import TransformersSampler
 
 from registry.rounds import Rounds

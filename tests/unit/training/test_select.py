@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from unit.training.installation import EVALUATION, SETTINGS, Installation
+from unit.training.prepared import EVALUATION, SETTINGS, Installation
 from unit.training.tiny import TransformersSampler
 
 from evaluation.reward_model import RewardModel, pack
