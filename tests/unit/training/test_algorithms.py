@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from unit.training.tiny import END, TransformersSampler, tiny_model, tiny_tokenizer
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import RewardModel
+from evaluation.reward_model import RewardModel, score_responses
 from training.algorithms import NothingToLearnFrom, Task, beside_neighbours, desirability, pairs, rloo, train
 from training.dataset import Comparison, Judgement, Side
 from training.logprobs import total_logprobs
@@ -189,6 +189,27 @@ def test_rloo_takes_the_penalty_from_responses_that_do_not_end(tmp_path: Path) -
     figures = run.figures[0]
     assert figures["reward"] == pytest.approx(0.5 - 3.0 * figures["completions/clipped_ratio"], abs=1e-5)
     assert figures["completions/clipped_ratio"] > 0
+
+
+def test_rloo_is_rewarded_by_the_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, settings("rloo", ppo_updates=1))
+    model = RewardModel.load(tmp_path / "reward_model")
+    torch.nn.init.normal_(model.head.weight)
+    model.save(tmp_path / "reward_model")
+    scored: list[tuple[list[int], list[int], float]] = []
+
+    def spy(model: RewardModel, items: Any) -> list[list[float]]:
+        scores = score_responses(model, items)
+        scored.extend((prompt, own[0], score[0]) for (prompt, own), score in zip(items, scores, strict=True))
+        return scores
+
+    monkeypatch.setattr("training.algorithms.score_responses", spy)
+    train(run.task)
+    assert len(scored) == FAST.ppo_batch
+    assert all(prompt in [known.token_ids for known in PROMPTS] for prompt, _, _ in scored)
+    assert len({score for _, _, score in scored}) > 1
+    expected = [score - FAST.ppo_missing_end_penalty * (ids[-1] != END) for _, ids, score in scored]
+    assert run.figures[0]["reward"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "dpo", "kto"])
