@@ -9,11 +9,17 @@ from datasets import Dataset as HfDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from evaluation.reward_model import DEVICE
 from training.dataset import Demonstration
 from training.progress import ReportedLogs
 from training.reward_model import Report
 from training.rollouts import load_policy
 from training.settings import TrainingSettings
+
+# A batch as one row without padding, where position ids keep each demonstration to itself. Every attention of
+# Transformers heeds them as long as there is no key-value cache, and SFTTrainer wants none. On a CPU it does
+# not pay: attention over the longer row costs a tenth more than the padding did, a quarter of the tokens.
+PACKED = DEVICE.type != "cpu"
 
 EpochEnd = Callable[[int, float, PreTrainedModel], None]
 """Called after each epoch with its number (from 1), the mean loss of its steps, and the policy as it is."""
@@ -49,6 +55,7 @@ def fine_tune(
         report_to=[],
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
+        padding_free=PACKED,
         max_length=None,
     )
     trainer = SFTTrainer(
