@@ -1,8 +1,8 @@
 """The settings of a training round; read by the files of this package."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainingSettings(BaseModel):
@@ -36,12 +36,23 @@ class TrainingSettings(BaseModel):
     sft_minimum: int = Field(
         16, ge=1, description="With fewer demonstrations than this the SFT stage is skipped."
     )
-    sft_epochs: float = Field(3.0, gt=0, description="Passes over the demonstrations in the SFT stage.")
+    sft_epochs: int = Field(3, ge=1, description="Passes over the demonstrations in the SFT stage.")
     sft_learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the SFT stage.")
+    sft_checkpoints: int = Field(
+        4,
+        ge=1,
+        description="After so many of its epochs SFT keeps a checkpoint; the reward model chooses one.",
+    )
+    sft_selection_prompts: int = Field(
+        32, ge=2, description="Each of SFT's checkpoints is scored on answers to so many training prompts."
+    )
     reward_epochs: int = Field(2, ge=1, description="Passes over the judged prompts to fit a reward model.")
     reward_learning_rate: float = Field(3e-5, gt=0, description="Peak learning rate of a reward model.")
     reward_batch: int = Field(
         8, ge=1, description="Prompts (each with all its responses) a reward-model step."
+    )
+    algorithm: Literal["ppo", "rloo", "dpo", "kto"] = Field(
+        "ppo", description="How the policy learns from the feedback: PPO, or another of TRL's algorithms."
     )
     ppo_prompt_file: str = Field(
         "", description='More prompts for PPO: JSON lines with "prompt" or "messages"; none if empty.'
@@ -113,9 +124,32 @@ class TrainingSettings(BaseModel):
     rollout_engine: Literal["vllm", "transformers"] = Field(
         "vllm", description="What samples the episodes and the held-out answers."
     )
+    rloo_samples: int = Field(
+        4,
+        ge=2,
+        description="Responses to a prompt in RLOO, which otherwise has PPO's settings; divides `ppo_batch`.",
+    )
+    preference_epochs: int = Field(
+        1, ge=1, description="Passes over the pairs or judged responses in DPO and KTO."
+    )
+    preference_batch: int = Field(16, ge=2, description="Pairs (DPO) or judged responses (KTO) a step.")
+    preference_learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate of DPO and KTO.")
+    preference_beta: float = Field(
+        0.1, gt=0, description="How dear a distance from the SFT policy is in DPO and KTO (their beta)."
+    )
     kv_cache_gib: float = Field(
         1.0, gt=0, description="Memory for the rollout engine's keys and values, in GiB."
     )
     vllm_arguments: dict[str, Any] = Field(
         default_factory=dict, description="More arguments of vLLM's `LLM` for the rollout engine."
     )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        """Refuse a batch that its parts do not divide; the message names the settings."""
+        if self.ppo_batch % (self.ppo_samples_per_prompt * self.ppo_mini_batches):
+            raise ValueError(
+                f"ppo_batch ({self.ppo_batch}) has to be a multiple of ppo_samples_per_prompt "
+                f"({self.ppo_samples_per_prompt}) times ppo_mini_batches ({self.ppo_mini_batches})"
+            )
+        return self
