@@ -7,6 +7,7 @@ from anywhere when it is opened.
 import io
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +28,8 @@ figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } figcaption { col
 .good { color: #14653a } .bad { color: #a3261f }
 """
 _COLUMNS = 3
+# Its settings are the whole process's, and a server makes reports in several threads.
+_MATPLOTLIB = threading.Lock()
 
 
 class ReportProblem(RuntimeError):  # noqa: N818
@@ -155,19 +158,22 @@ class Report:
             if curves:
                 self._grid(stage, curves)
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all; raises ReportProblem."""
-        page = (
+    def html(self) -> str:
+        """Return the whole page."""
+        return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self._title)}</title><style>{_STYLE}</style></head>\n<body>\n"
             + "\n".join(self._parts)
             + "\n</body></html>\n"
         )
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all; raises ReportProblem."""
         partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(page, encoding="utf-8")
+            partial.write_text(self.html(), encoding="utf-8")
             os.replace(partial, path)
         except OSError as error:
             raise ReportProblem(f"the report cannot be written to {path}: {error.strerror}") from error
@@ -186,9 +192,8 @@ class Report:
         buffer = io.StringIO()
         # Text stays text, which keeps the file small and searchable; the salt makes the output repeatable
         # and keeps the ids of two figures in one page apart.
-        with matplotlib.rc_context(
-            {"svg.fonttype": "none", "svg.hashsalt": f"{len(self._parts)}{self._title}"}
-        ):
+        settings = {"svg.fonttype": "none", "svg.hashsalt": f"{len(self._parts)}{self._title}"}
+        with _MATPLOTLIB, matplotlib.rc_context(settings):
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         svg = buffer.getvalue()
         self._parts.append(

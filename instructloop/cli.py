@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from instructloop import rounds
+
 if TYPE_CHECKING:
     from instructloop.config import Config
 
@@ -36,6 +38,7 @@ _EXPECTED = (
     ("registry.manifest", "BrokenVersion"),
     ("registry.registry", "UnknownVersion"),
     ("registry.rounds", "RoundConflict"),
+    ("registry.rounds", "UnknownRound"),
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
     ("sqlalchemy.exc", "OperationalError"),
@@ -102,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_train(add("train", _train, "run training rounds"))
     _add_versions(add)
-    add("rounds", _rounds, "list the training rounds")
+    rounds.add_to(
+        add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
+    )
     _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
@@ -206,7 +211,7 @@ def _versions(arguments: argparse.Namespace) -> int:
     from instructloop import listings
 
     registry = _registry(_config(arguments))
-    _print_table(listings.versions(registry))
+    listings.show(listings.versions(registry))
     return 0
 
 
@@ -229,12 +234,18 @@ def _rollback(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rounds(arguments: argparse.Namespace) -> int:
-    from instructloop import installation, listings
-    from registry.rounds import Rounds
+def _rounds_repeat(arguments: argparse.Namespace) -> int:
+    from instructloop import config, parts
 
-    _print_table(listings.rounds(Rounds(installation.open_database(_config(arguments)))))
-    return 0
+    overrides = {}
+    for text in arguments.overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise CommandProblem(f"--set {text}: KEY=VALUE is expected, such as training.ppo_updates=12")
+        overrides[key.strip()] = config.parse(value.strip(), f"--set {key}")
+    _log_to_stderr()
+    _exit_on_terminate()
+    return parts.repeat_round(_config(arguments), arguments.n, overrides)
 
 
 def _keys_create(arguments: argparse.Namespace) -> int:
@@ -251,7 +262,7 @@ def _keys_list(arguments: argparse.Namespace) -> int:
     from feedback.keys import Keys
     from instructloop import installation, listings
 
-    _print_table(listings.keys(Keys(installation.open_database(_config(arguments)))))
+    listings.show(listings.keys(Keys(installation.open_database(_config(arguments)))))
     return 0
 
 
@@ -363,13 +374,6 @@ def _exit_on_terminate() -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, handle)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their longest cell; the first row is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

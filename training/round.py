@@ -33,21 +33,28 @@ from training.settings import TrainingSettings
 from training.sft import fine_tune
 
 STAGES = ("dataset", "sft", "reward_model", "judge", "ppo", "publish", "gate")
-WORKING_FILES = ("sft", "sft_work", "ppo", "candidate", "rollout")
-"""What a round needs no more once its candidate is published."""
+MODELS = ("reward_model", "judge")
+"""What is kept of a round that has ended, for as long as `training/disk.py` says: its reward models."""
 
 Result = Mapping[str, Any]
 SamplerFactory = Callable[[Path, TrainingSettings], Sampler]
+Track = Callable[[str, int, Mapping[str, float]], None]
+"""Called with the stage, the step and the step's figures."""
 
 
 class RoundRefused(ValueError):  # noqa: N818
-    """A round can't be run on this data; the message says what is missing."""
+    """A round can't be run on this data or this machine; the message says what is missing."""
+
+
+class EngineFailed(RuntimeError):  # noqa: N818
+    """The engine for rollouts and held-out answers did not start."""
 
 
 class RoundRun:
     """One round's run through the stages, in its own `directory` beside those of the other rounds.
 
-    `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it.
+    `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it; `track`
+    gets every figure that is stored.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class RoundRun:
         registry: Registry,
         rounds: Rounds,
         make_sampler: SamplerFactory,
+        track: Track,
     ) -> None:
         self._round = round_
         self._directory = directory
@@ -66,6 +74,7 @@ class RoundRun:
         self._registry = registry
         self._rounds = rounds
         self._make_sampler = make_sampler
+        self._track = track
         # The round's own settings: a resumed round goes on as it began, whatever has been changed since.
         self._settings = TrainingSettings(**round_.config["training"])
         self._evaluation = EvaluationSettings(**round_.config["evaluation"])
@@ -99,8 +108,9 @@ class RoundRun:
             result = run()
             staging = done.with_suffix(".partial")
             staging.write_text(json.dumps(result, indent=1))
+            # The row first: once the file is there, nobody looks at this stage again.
+            self._rounds.stage(self._round.id, name, "done", result)
             staging.rename(done)
-            self._rounds.stage(self._round.id, name, "done")
         found: Result = json.loads(done.read_text())
         return found
 
@@ -197,10 +207,10 @@ class RoundRun:
 
     def _gate(self, name: str) -> Result:
         """Let the candidate and the version in service answer held-out prompts, and decide."""
-        desired = self._registry.desired()
-        incumbent = self._registry.version(
-            desired.name if desired and desired.name != name else self._parent.name
-        )
+        desired, incumbent = self._registry.desired(), self._parent
+        # A repeat is judged against what the first run started from, whatever serves by now.
+        if desired and desired.name != name and self._round.repeat_of is None:
+            incumbent = self._registry.version(desired.name)
         candidate = self._registry.version(name)
         prompts = sorted(self._dataset.held_out.prompts.values(), key=lambda prompt: prompt.key)
         prompts = prompts[: self._evaluation.prompts]
@@ -232,9 +242,12 @@ class RoundRun:
         return float(sum(gaps) / len(gaps))
 
     def _act(self, version: str, verdict: Result) -> None:
-        """Record the verdict and do what it says; done again after a kill, it changes nothing."""
+        """Record the verdict and do what it says; done again after a kill, it changes nothing.
+
+        A repeat only records it: its candidate is for comparison, and an operator's to promote.
+        """
         self._registry.annotate(version, verdict=verdict)
-        if self._registry.version(version).state != "candidate":
+        if self._round.repeat_of is not None or self._registry.version(version).state != "candidate":
             return
         actor, reason = f"round {self._round.id}", " ".join(verdict["reasons"])
         if verdict["promote"]:
@@ -257,7 +270,10 @@ class RoundRun:
 
     @cached_property
     def _engine(self) -> Sampler:
-        self._sampler = self._make_sampler(self._parent.path, self._settings)
+        try:
+            self._sampler = self._make_sampler(self._parent.path, self._settings)
+        except Exception as problem:
+            raise EngineFailed(f"the rollout engine did not start: {problem}") from problem
         return self._sampler
 
     def _fit(self, side: Side, name: str, start: Path | None) -> RewardModel:
@@ -276,7 +292,7 @@ class RoundRun:
             for source, by_name in accuracy.items()
             for name, interval in by_name.items()
         }
-        self._rounds.metric(self._round.id, stage, 0, figures)
+        self._keep(stage, 0, figures)
         return {
             "held_out_accuracy": {
                 source: {name: interval.figures() for name, interval in by_name.items()}
@@ -285,9 +301,11 @@ class RoundRun:
         }
 
     def _progress(self, stage: str) -> Progress:
-        return Progress(
-            stage, lambda step, figures: self._rounds.metric(self._round.id, stage, step, figures)
-        )
+        return Progress(stage, lambda step, figures: self._keep(stage, step, figures))
+
+    def _keep(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+        self._rounds.metric(self._round.id, stage, step, figures)
+        self._track(stage, step, figures)
 
     def _result(self, stage: str) -> Result:
         found: Result = json.loads((self._directory / f"{stage}.json").read_text())
