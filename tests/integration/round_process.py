@@ -55,14 +55,15 @@ class RoundInstallation(Installation):
         deadline = time.monotonic() + ENGINE_SECONDS
         while True:
             at, began = self._working_on(since=launched)
-            if at is not None and STAGES.index(at) >= STAGES.index(stage):
-                if STAGES.index(at) > STAGES.index(stage) or time.time() >= began + seconds:
-                    break
+            ahead = -1 if at is None else STAGES.index(at) - STAGES.index(stage)
+            if ahead > 0 or (ahead == 0 and time.time() >= began + seconds):
+                break
             assert process.poll() is None, self.log()[-4000:]
             assert time.monotonic() < deadline, f"the round did not reach {stage}"
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert at is not None
         return at
 
     def _working_on(self, since: float) -> tuple[str | None, float]:

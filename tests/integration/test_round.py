@@ -1,4 +1,4 @@
-"""Rounds by the command that users run, on the real engine and a real database: failures, stops, one at a time.
+"""Rounds by the command that users run, on the real engine: failures, stops, one at a time.
 
 What survives kill -9 is in `test_round_kills.py`.
 """

@@ -16,7 +16,7 @@ SEED = 20220304
 
 
 def moments(seconds: dict[str, float], seed: int) -> list[tuple[str, float]]:
-    """Ten moments, in order: one in every stage, the others in PPO, which takes longest and resumes midway."""
+    """Ten moments, in order: one in every stage, the others in PPO, which takes longest."""
     generator = random.Random(seed)
     stages = [*STAGES, *["ppo"] * (KILLS - len(STAGES))]
     # The last tenth of a stage could be over before the signal arrives.
