@@ -28,6 +28,8 @@ PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 """(caption, unit, names): what is plotted by itself, for each stage that has it; the rest is in a grid."""
 
+_INTERVAL = ("estimate", "low", "high")
+
 Samples = Sequence[Mapping[str, Any]]
 
 
@@ -80,9 +82,11 @@ def _add_stages(report: Report, record: RoundRecord) -> None:
     if any(stage.seconds for stage in record.stages):
         seconds = [stage.seconds or 0.0 for stage in record.stages]
         report.bars("Where the time went", names, {"seconds": seconds}, x_label="seconds")
-    for stage in record.stages:
-        if stage.result and stage.name != "gate":
-            report.table(["result", "value"], _flat(stage.result), caption=stage.name)
+    with report.side_by_side():
+        for stage in record.stages:
+            # The gate's result is the verdict.
+            if stage.result and stage.name != "gate":
+                report.table(["result", "value"], _flat(stage.result), caption=stage.name)
 
 
 def _add_figures(report: Report, metrics: Sequence[Metric]) -> None:
@@ -91,16 +95,20 @@ def _add_figures(report: Report, metrics: Sequence[Metric]) -> None:
     points: dict[tuple[str, str], dict[int, float | None]] = {}
     for metric in metrics:
         points.setdefault((metric.stage, metric.name), {})[metric.step] = metric.value
-    if points:
-        report.heading("Figures by step")
     for stage in stages:
+        plots = []
         for caption, unit, names in PLOTS:
             series = [
                 _series(name, points[stage, name]) for name in names if len(points.get((stage, name), ())) > 1
             ]
             if series:
-                report.lines(f"{stage}: {caption}", series, x_label="step", y_label=unit)
+                plots.append((caption, unit, series))
                 shown |= {(stage, line.label) for line in series}
+        if plots:
+            report.heading(f"{stage}, by step")
+            with report.side_by_side():
+                for caption, unit, series in plots:
+                    report.lines(caption, series, x_label="step", y_label=unit)
     rest = [metric for metric in metrics if (metric.stage, metric.name) not in shown]
     if rest:
         report.heading("Other figures")
@@ -128,7 +136,10 @@ def _add_samples(report: Report, samples: Samples) -> None:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and set(_INTERVAL) <= value.keys():
+            numbers = ["–" if value[name] is None else f"{value[name]:.3f}" for name in _INTERVAL]
+            rows.append((f"{prefix}{key}", "{} [{}, {}]".format(*numbers)))
+        elif isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{key} ")
         else:
             rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value))

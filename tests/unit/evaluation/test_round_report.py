@@ -15,6 +15,7 @@ from registry.rounds import Rounds
 from registry.tables import METADATA
 
 EVIL = "<script>alert(1)</script> & <b>"
+INTERVAL = {"estimate": 0.75, "low": 0.5, "high": float("inf"), "confidence": 0.95}
 CONFIG = {"parent": "policy-0000", "training": {"ppo_updates": 8, "vllm_arguments": {"x": EVIL}}}
 
 
@@ -37,7 +38,7 @@ def page(rounds: Rounds, number: int, samples: list[dict[str, Any]] | None = Non
 def finished(rounds: Rounds) -> int:
     number = rounds.begin(0, 40, CONFIG, 7).id
     rounds.stage(number, "dataset", "running")
-    rounds.stage(number, "dataset", "done", {"train": {"comparisons": 31}, EVIL: EVIL})
+    rounds.stage(number, "dataset", "done", {"train": {"comparisons": 31}, EVIL: EVIL, "won": INTERVAL})
     rounds.stage(number, "ppo", "running")
     for step in range(1, 5):
         rounds.metric(number, "sft", step, {"loss": 1 / step})
@@ -62,8 +63,10 @@ def test_everything_stands_in_it_and_is_escaped(rounds: Rounds) -> None:
         "update 1",
         "update 2",
         "0.250",
-        "sft: Loss",
-        *(f"ppo: {caption}" for caption, _, names in PLOTS if names != ("loss",)),
+        "sft, by step",
+        "ppo, by step",
+        *(caption for caption, _, _ in PLOTS),
+        "0.750 [0.500, –]",
         "lr",
     ):
         assert text in found.text, text
@@ -76,7 +79,7 @@ def test_a_figure_is_plotted_once(rounds: Rounds) -> None:
     found = page(rounds, finished(rounds))
     for caption, _, names in PLOTS:
         if names != ("loss",):
-            assert found.text.count(f"ppo: {caption}") == 1
+            assert found.text.count(caption) == 1
     assert found.text.count("objective/scores") == 1  # in the legend of its own plot, not in the grid too
 
 
