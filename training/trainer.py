@@ -237,5 +237,7 @@ class Trainer:
                 # The kernel lets go of it when the process ends, however it ends.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise TrainerBusy(f"another trainer holds {self._root / 'lock'}") from None
+                raise TrainerBusy(
+                    f"another trainer holds {self._root / 'lock'}: stop it, or `instructloop up`, first"
+                ) from None
             yield
