@@ -60,13 +60,17 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where a stage stands: when it was last begun and when it ended (Unix seconds), and what it left."""
+    """Where a stage stands: when it was last begun and when it ended (Unix seconds), and what it left.
+
+    `attempts` is how often it was begun: more than once where its process was killed.
+    """
 
     name: str
     state: str
     started_at: float | None
     ended_at: float | None
     result: Mapping[str, Any] | None
+    attempts: int = 1
 
     @property
     def seconds(self) -> float | None:
@@ -172,18 +176,23 @@ class Rounds:
             same = (ROUND_STAGES.c.round_id == round_id) & (ROUND_STAGES.c.name == name)
             now = time.time()
             row: dict[str, Any] = {"state": state, "at": now}
-            row |= (
-                {"started_at": now, "ended_at": None}
-                if state == "running"
-                else {"ended_at": now, "result": _plain(result)}
-            )
-            if not connection.execute(sa.update(ROUND_STAGES).where(same).values(**row)).rowcount:
-                connection.execute(sa.insert(ROUND_STAGES).values(round_id=round_id, name=name, **row))
+            if state == "running":
+                row |= {"started_at": now, "ended_at": None, "attempts": ROUND_STAGES.c.attempts + 1}
+            else:
+                row |= {"ended_at": now, "result": _plain(result)}
+            if connection.execute(sa.select(ROUND_STAGES.c.name).where(same)).first() is None:
+                first = {"round_id": round_id, "name": name, "state": state, "at": now}
+                connection.execute(sa.insert(ROUND_STAGES).values(**first))
+            connection.execute(sa.update(ROUND_STAGES).where(same).values(**row))
 
     def stages(self, round_id: int) -> Sequence[Stage]:
         """Return the stages that the round has reached, in the order of their last change."""
-        columns = [ROUND_STAGES.c[name] for name in ("name", "state", "started_at", "ended_at", "result")]
-        query = sa.select(*columns).where(ROUND_STAGES.c.round_id == round_id).order_by(ROUND_STAGES.c.at)
+        names = ("name", "state", "started_at", "ended_at", "result", "attempts")
+        query = (
+            sa.select(*(ROUND_STAGES.c[name] for name in names))
+            .where(ROUND_STAGES.c.round_id == round_id)
+            .order_by(ROUND_STAGES.c.at)
+        )
         with self._reader.connect() as connection:
             return [Stage(**row._mapping) for row in connection.execute(query)]
 

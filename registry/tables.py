@@ -82,6 +82,7 @@ ROUND_STAGES = sa.Table(
     sa.Column("started_at", sa.Float),
     sa.Column("ended_at", sa.Float),
     sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
 )
 
 # `value` is null where the figure was not finite: a diverged loss has to be storable, and NaN is not JSON.

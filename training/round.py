@@ -36,6 +36,9 @@ STAGES = ("dataset", "sft", "reward_model", "judge", "ppo", "publish", "gate")
 MODELS = ("reward_model", "judge")
 """What is kept of a round that has ended, for as long as `training/disk.py` says: its reward models."""
 
+MOST_ATTEMPTS = 20
+"""How often a stage is begun; beyond that it is not power cuts, but the kernel that kills it for its memory."""
+
 Result = Mapping[str, Any]
 SamplerFactory = Callable[[Path, TrainingSettings], Sampler]
 Track = Callable[[str, int, Mapping[str, float]], None]
@@ -104,6 +107,7 @@ class RoundRun:
         done = self._directory / f"{name}.json"
         if not done.exists():
             self._rounds.stage(self._round.id, name, "running")
+            self._refuse_to_die_again(name)
             torch.manual_seed(self._settings.seed)
             result = run()
             staging = done.with_suffix(".partial")
@@ -113,6 +117,16 @@ class RoundRun:
             staging.rename(done)
         found: Result = json.loads(done.read_text())
         return found
+
+    def _refuse_to_die_again(self, name: str) -> None:
+        """Raise RoundRefused for a stage that was begun too often: what kills it leaves no error."""
+        (attempts,) = (stage.attempts for stage in self._rounds.stages(self._round.id) if stage.name == name)
+        if attempts > MOST_ATTEMPTS:
+            raise RoundRefused(
+                f"its process was killed {MOST_ATTEMPTS} times, most likely for want of memory: look at the "
+                "system's log; lower training.prompt_tokens, training.response_tokens, training.ppo_batch or "
+                "training.kv_cache_gib, or give the trainer a machine with more"
+            )
 
     # -- the stages
 

@@ -1,4 +1,4 @@
-"""Rounds that are pinned or repeated; when a stage began and ended, and what it left behind."""
+"""Rounds that are pinned or repeated; when a stage began, how often, when it ended, what it left."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -16,12 +16,13 @@ def upgrade() -> None:
     op.add_column("round_stages", sa.Column("started_at", sa.Float(), nullable=True))
     op.add_column("round_stages", sa.Column("ended_at", sa.Float(), nullable=True))
     op.add_column("round_stages", sa.Column("result", sa.JSON(none_as_null=True), nullable=True))
+    op.add_column("round_stages", sa.Column("attempts", sa.Integer(), server_default="0", nullable=False))
 
 
 def downgrade() -> None:
     """Drop the columns."""
     for table, columns in (
-        ("round_stages", ("result", "ended_at", "started_at")),
+        ("round_stages", ("attempts", "result", "ended_at", "started_at")),
         ("rounds", ("repeat_of", "pinned")),
     ):
         for column in columns:

@@ -108,6 +108,7 @@ def test_a_stage_keeps_its_last_run_s_times_and_what_it_left(rounds: Rounds) -> 
     assert ended.started_at >= before + 0.05
     assert ended.seconds is not None
     assert 0.02 <= ended.seconds <= time.time() - before - 0.05
+    assert (killed.attempts, ended.attempts) == (1, 2)
     assert ended.result == {"loss": [None, 0.5], "deep": {"high": None, "n": 3}}
 
 

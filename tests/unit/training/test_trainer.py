@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from unit.training.installation import EVENTS, Installation
+from unit.training.installation import EVALUATION, EVENTS, TRAINING, Installation
 
 from evaluation.sampler import Sampler
+from evaluation.settings import EvaluationSettings
 from registry.round_record import differences, read_record, same_weights
 from registry.rounds import UnknownRound
 from training.disk import WEIGHTS_A_ROUND, tidy
 from training.failures import explain
-from training.round import STAGES, EngineFailed, RoundRefused
+from training.round import MOST_ATTEMPTS, STAGES, EngineFailed, RoundRefused
 from training.settings import TrainingSettings
 
 QUICK: dict[str, Any] = {"reward_epochs": 1, "ppo_updates": 2, "ppo_batch": 4, "sft_epochs": 1.0}
@@ -261,6 +262,25 @@ def test_an_engine_that_does_not_start_is_named(installation: Installation) -> N
     assert ended is not None
     assert str(ended.error).startswith("ppo: the rollout engine did not start: No available memory for the")
     assert "training.kv_cache_gib" in str(ended.error).splitlines()[1]
+
+
+def test_a_stage_whose_process_is_killed_again_and_again_is_given_up(installation: Installation) -> None:
+    settings = TrainingSettings(**TRAINING | QUICK).model_dump(mode="json")
+    evaluation = EvaluationSettings(**EVALUATION).model_dump(mode="json")
+    config = {
+        "parent": "policy-0000",
+        "reward_model_from": None,
+        "training": settings,
+        "evaluation": evaluation,
+    }
+    for killed, state in ((MOST_ATTEMPTS - 1, "done"), (MOST_ATTEMPTS, "failed")):
+        number = installation.rounds.begin(0, EVENTS, config, 0).id
+        for _ in range(killed):
+            installation.rounds.stage(number, "sft", "running")
+        ended = installation.trainer(**QUICK).run_once()
+        assert ended is not None
+        assert (ended.id, ended.state) == (number, state)
+    assert str(ended.error).startswith("sft: its process was killed 20 times, most likely for want of memory")
 
 
 def raised(function: Callable[[], object]) -> Exception:
