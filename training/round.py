@@ -37,7 +37,7 @@ MODELS = ("reward_model", "judge")
 """What is kept of a round that has ended, for as long as `training/disk.py` says: its reward models."""
 
 MOST_ATTEMPTS = 20
-"""How often a stage is begun; beyond that it is not power cuts, but the kernel that kills it for its memory."""
+"""How often a stage is begun; beyond that it is no power cut, but the kernel that kills it for its memory."""
 
 Result = Mapping[str, Any]
 SamplerFactory = Callable[[Path, TrainingSettings], Sampler]
