@@ -25,10 +25,12 @@ from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training.dataset import Dataset, Side, build
 from training.logprobs import total_logprobs
+from training.policy import Policy, load_policy, with_adapter, write_checkpoint
 from training.ppo import PPO
+from training.pretraining import PretrainingTexts, read_prompts
 from training.progress import Progress
 from training.reward_model import accuracy_by_source, fit
-from training.rollouts import Rollouts, load_policy, write_checkpoint
+from training.rollouts import Rollouts
 from training.settings import TrainingSettings
 from training.sft import fine_tune
 
@@ -181,27 +183,38 @@ class RoundRun:
         return self._accuracy(model, "judge", self._dataset.train)
 
     def _ppo(self) -> Result:
-        policy = load_policy(self._directory / "sft")
+        settings = self._settings
+        policy: Policy = load_policy(self._directory / "sft")
+        if settings.ppo_lora_rank:
+            policy = with_adapter(policy, settings.ppo_lora_rank)
+        prompts = sorted(self._dataset.train.prompts.values(), key=lambda prompt: prompt.key)
+        texts = None
+        if settings.ppo_prompt_file:
+            prompts += read_prompts(Path(settings.ppo_prompt_file), self._tokenizer, settings.prompt_tokens)
+        if settings.ppo_ptx_file:
+            texts = PretrainingTexts(Path(settings.ppo_ptx_file), self._tokenizer, settings.ppo_ptx_tokens)
         rollouts = Rollouts(
             self._engine,
             self._tokenizer,
             self._directory / "rollout",
-            max_tokens=self._settings.ppo_response_tokens,
-            temperature=self._settings.ppo_temperature,
+            max_tokens=settings.ppo_response_tokens,
+            temperature=settings.ppo_temperature,
         )
         with self._progress("ppo") as report:
-            PPO(
+            ppo = PPO(
                 policy=policy,
                 tokenizer=self._tokenizer,
                 reward_model=RewardModel.load(self._directory / "reward_model"),
-                prompts=sorted(self._dataset.train.prompts.values(), key=lambda prompt: prompt.key),
+                prompts=prompts,
                 rollouts=rollouts,
-                settings=self._settings,
+                settings=settings,
                 work=self._directory / "ppo",
                 report=report,
-            ).train()
-        write_checkpoint(policy, self._tokenizer, self._directory / "candidate")
-        return {"updates": self._settings.ppo_updates}
+                texts=texts,
+            )
+            ppo.train()
+        write_checkpoint(ppo.trained_policy(), self._tokenizer, self._directory / "candidate")
+        return ppo.result() | {"prompts": len(prompts)}
 
     def _publish(self) -> Result:
         version = self._registry.publish(

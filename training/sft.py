@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from training.dataset import Demonstration
+from training.policy import load_policy
 from training.reward_model import Report
-from training.rollouts import load_policy
 from training.settings import TrainingSettings
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from evaluation.sampler import VllmSampler
+from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
@@ -32,6 +32,18 @@ logger = logging.getLogger(__name__)
 
 class TrainerBusy(RuntimeError):  # noqa: N818
     """Another trainer is at work on the same data directory."""
+
+
+def sampler_of(model_dir: Path, settings: TrainingSettings, max_model_len: int) -> Sampler:
+    """Start the engine for rollouts and held-out answers, for `max_model_len` tokens with the prompt."""
+    if settings.rollout_engine == "transformers":
+        return TransformersSampler(model_dir)
+    return VllmSampler(
+        model_dir,
+        max_model_len=max_model_len,
+        kv_cache_gib=settings.kv_cache_gib,
+        vllm_arguments=settings.vllm_arguments,
+    )
 
 
 class Trainer:
@@ -60,12 +72,7 @@ class Trainer:
         self._rounds = rounds
         self._root = data_dir / "rounds"
         self._make_sampler = make_sampler or (
-            lambda model_dir, chosen: VllmSampler(
-                model_dir,
-                max_model_len=max_model_len,
-                kv_cache_gib=chosen.kv_cache_gib,
-                vllm_arguments=chosen.vllm_arguments,
-            )
+            lambda model_dir, chosen: sampler_of(model_dir, chosen, max_model_len)
         )
 
     def run_once(self, minimum_events: int = 0) -> Round | None:
