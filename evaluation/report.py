@@ -7,7 +7,9 @@ from anywhere when it is opened.
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,9 +26,15 @@ th, td { border: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertica
 th { background: #f5f5f5 } td.number { text-align: right; font-variant-numeric: tabular-nums }
 td.response { white-space: pre-wrap; width: 50% }
 figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } figcaption { color: #555 }
+.side { display: flex; flex-wrap: wrap; column-gap: 2rem; align-items: flex-start }
+.side figure { width: calc(50% - 1rem); min-width: 20rem; margin: .5rem 0 }
 .good { color: #14653a } .bad { color: #a3261f }
 """
 _COLUMNS = 3
+_ALONE, _BESIDE = (8, 3.2), (6, 2.6)
+"""Inches of a line plot, so that its text is of one size wherever it stands."""
+# Its settings are the whole process's, and a server makes reports in several threads.
+_MATPLOTLIB = threading.Lock()
 
 
 class ReportProblem(RuntimeError):  # noqa: N818
@@ -68,6 +76,7 @@ class Report:
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self._title = title
+        self._line_size = _ALONE
         self._parts = [f"<h1>{escape(title)}</h1>"]
         if subtitle:
             self.paragraph(subtitle)
@@ -75,6 +84,15 @@ class Report:
     def heading(self, text: str) -> None:
         """Begin a section."""
         self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """Put the plots and tables that are added within beside each other, as many as fit."""
+        self._parts.append('<div class="side">')
+        self._line_size = _BESIDE
+        yield
+        self._line_size = _ALONE
+        self._parts.append("</div>")
 
     def paragraph(self, text: str) -> None:
         """Add a paragraph."""
@@ -103,7 +121,7 @@ class Report:
 
     def lines(self, caption: str, series: Sequence[Series], *, x_label: str, y_label: str) -> None:
         """Add a line plot."""
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        figure = Figure(figsize=self._line_size, layout="constrained")
         axes = figure.subplots()
         for line in series:
             _draw(axes, line)
@@ -155,19 +173,22 @@ class Report:
             if curves:
                 self._grid(stage, curves)
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all; raises ReportProblem."""
-        page = (
+    def html(self) -> str:
+        """Return the whole page."""
+        return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self._title)}</title><style>{_STYLE}</style></head>\n<body>\n"
             + "\n".join(self._parts)
             + "\n</body></html>\n"
         )
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all; raises ReportProblem."""
         partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(page, encoding="utf-8")
+            partial.write_text(self.html(), encoding="utf-8")
             os.replace(partial, path)
         except OSError as error:
             raise ReportProblem(f"the report cannot be written to {path}: {error.strerror}") from error
@@ -186,13 +207,12 @@ class Report:
         buffer = io.StringIO()
         # Text stays text, which keeps the file small and searchable; the salt makes the output repeatable
         # and keeps the ids of two figures in one page apart.
-        with matplotlib.rc_context(
-            {"svg.fonttype": "none", "svg.hashsalt": f"{len(self._parts)}{self._title}"}
-        ):
+        settings = {"svg.fonttype": "none", "svg.hashsalt": f"{len(self._parts)}{self._title}"}
+        with _MATPLOTLIB, matplotlib.rc_context(settings):
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         svg = buffer.getvalue()
         self._parts.append(
-            f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure><figcaption>{escape(caption)}</figcaption>{svg[svg.index('<svg') :]}</figure>"
         )
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from instructloop import rounds
+
 if TYPE_CHECKING:
     from instructloop.config import Config
 
@@ -36,6 +38,7 @@ _EXPECTED = (
     ("registry.manifest", "BrokenVersion"),
     ("registry.registry", "UnknownVersion"),
     ("registry.rounds", "RoundConflict"),
+    ("registry.rounds", "UnknownRound"),
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
     ("sqlalchemy.exc", "OperationalError"),
@@ -118,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_train(add("train", _train, "run training rounds"))
     _add_versions(add)
-    add("rounds", _rounds, "list the training rounds")
+    rounds.add_to(
+        add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
+    )
     _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
     _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
@@ -247,7 +252,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _compare_algorithms(arguments: argparse.Namespace) -> int:
-    from instructloop import parts
+    from instructloop import listings, parts
 
     _log_to_stderr()
     _exit_on_terminate()
@@ -259,7 +264,7 @@ def _compare_algorithms(arguments: argparse.Namespace) -> int:
         budget_seconds=arguments.budget,
         output=arguments.output,
     )
-    _print_table(rows)
+    listings.show(rows)
     print(f"the report is {arguments.output / 'comparison.html'}", file=sys.stderr)
     return 0
 
@@ -268,7 +273,7 @@ def _versions(arguments: argparse.Namespace) -> int:
     from instructloop import listings
 
     registry = _registry(_config(arguments))
-    _print_table(listings.versions(registry))
+    listings.show(listings.versions(registry))
     return 0
 
 
@@ -291,12 +296,18 @@ def _rollback(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rounds(arguments: argparse.Namespace) -> int:
-    from instructloop import installation, listings
-    from registry.rounds import Rounds
+def _rounds_repeat(arguments: argparse.Namespace) -> int:
+    from instructloop import config, parts
 
-    _print_table(listings.rounds(Rounds(installation.open_database(_config(arguments)))))
-    return 0
+    overrides = {}
+    for text in arguments.overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise CommandProblem(f"--set {text}: KEY=VALUE is expected, such as training.ppo_updates=12")
+        overrides[key.strip()] = config.parse(value.strip(), f"--set {key}")
+    _log_to_stderr()
+    _exit_on_terminate()
+    return parts.repeat_round(_config(arguments), arguments.n, overrides)
 
 
 def _keys_create(arguments: argparse.Namespace) -> int:
@@ -313,7 +324,7 @@ def _keys_list(arguments: argparse.Namespace) -> int:
     from feedback.keys import Keys
     from instructloop import installation, listings
 
-    _print_table(listings.keys(Keys(installation.open_database(_config(arguments)))))
+    listings.show(listings.keys(Keys(installation.open_database(_config(arguments)))))
     return 0
 
 
@@ -425,13 +436,6 @@ def _exit_on_terminate() -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, handle)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their longest cell; the first row is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -199,11 +199,14 @@ def _override(values: dict[str, Any], keys: list[str], text: str, variable: str)
     if text == "":
         target.pop(keys[-1], None)
     else:
-        target[keys[-1]] = _parse(text, variable)
+        target[keys[-1]] = parse(text, variable)
 
 
-def _parse(text: str, variable: str) -> Any:
-    """Read lists and tables as TOML; anything else stays text, which pydantic turns into the field's type."""
+def parse(text: str, variable: str) -> Any:
+    """Read lists and tables as TOML; anything else stays text, which pydantic turns into the field's type.
+
+    Raises ConfigProblem that begins with `variable`.
+    """
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:

@@ -1,14 +1,25 @@
 """What the command line lists: versions, rounds and keys as rows of text, a header first."""
 
+import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feedback.keys import Keys
     from registry.registry import Registry
+    from registry.round_record import Difference, RoundRecord
     from registry.rounds import Rounds
 
 Rows = list[tuple[str, ...]]
+_WIDEST = 60
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print columns as wide as their longest cell; the first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def versions(registry: "Registry") -> Rows:
@@ -37,8 +48,10 @@ def versions(registry: "Registry") -> Rows:
 
 def rounds(rounds: "Rounds") -> Rows:
     """Every round with what it learned from, where it stands and what came of it."""
-    rows: Rows = [("ROUND", "STATE", "STAGE", "EVENTS", "STARTED", "TOOK", "VERSION", "ERROR")]
+    rows: Rows = [("ROUND", "STATE", "STAGE", "EVENTS", "STARTED", "TOOK", "VERSION", "NOTE", "ERROR")]
     for round_ in rounds.list():
+        notes = ["pinned"] * round_.pinned
+        notes += [] if round_.repeat_of is None else [f"repeats {round_.repeat_of}"]
         ended = round_.ended_at or time.time()
         took = "-" if round_.started_at is None else f"{(ended - round_.started_at) / 60:.1f} min"
         span = "-" if round_.cutoff is None else f"{round_.cursor}..{round_.cutoff}"
@@ -51,9 +64,34 @@ def rounds(rounds: "Rounds") -> Rows:
                 _when(round_.started_at),
                 took,
                 round_.version or "-",
+                ", ".join(notes) or "-",
                 (round_.error or "").splitlines()[0] if round_.error else "",
             )
         )
+    return rows
+
+
+def stages(record: "RoundRecord") -> Rows:
+    """Every stage with how long it took and what it left behind."""
+    rows: Rows = [("STAGE", "STATE", "SECONDS", "RESULT")]
+    for stage in record.stages:
+        # The gate's result is the verdict.
+        result = "" if stage.name == "gate" or not stage.result else json.dumps(stage.result)
+        rows.append((stage.name, stage.state, _text(stage.seconds), result))
+    return rows
+
+
+def figures(record: "RoundRecord") -> Rows:
+    """Every figure at its last step."""
+    rows: Rows = [("FIGURE", "LAST")]
+    rows += [(name, _text(value)) for name, value in record.final_figures().items()]
+    return rows
+
+
+def differences(found: "Sequence[Difference]", old: str, new: str) -> Rows:
+    """List what differs between two rounds; values that are too wide for a line are cut."""
+    rows: Rows = [("PART", "NAME", old, new)]
+    rows += [(item.section, item.name, _cut(item.old), _cut(item.new)) for item in found]
     return rows
 
 
@@ -67,3 +105,19 @@ def keys(keys: "Keys") -> Rows:
 
 def _when(at: float | None) -> str:
     return "-" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case str():
+            return value
+        case float():
+            return f"{value:.4g}"
+    return json.dumps(value)
+
+
+def _cut(value: Any) -> str:
+    text = " ".join(_text(value).split())
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"

@@ -8,11 +8,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from instructloop import installation
 from instructloop.config import Config
+
+if TYPE_CHECKING:
+    import sqlalchemy
+
+    from evaluation.report import Report
 
 
 class PartProblem(RuntimeError):  # noqa: N818
@@ -39,6 +45,7 @@ async def serve(config: Config) -> int:
             versions=config.versions_dir,
             secret=installation.ensure_secret(config.data_dir),
             replica_id=replica_id(config),
+            round_report=lambda number: round_report(config, engine, number).html(),
         )
     finally:
         await client.aclose()
@@ -50,6 +57,17 @@ def replica_id(config: Config) -> str:
     """Name a replica: the same after every restart, another for each address and data directory."""
     place = hashlib.sha256(str(config.data_dir).encode()).hexdigest()[:6]
     return f"{socket.gethostname()}-{config.server.port}-{place}"
+
+
+def round_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "Report":
+    """Make the report of one round, as far as it is; raises UnknownRound."""
+    from evaluation.round_report import round_report as make
+    from registry.round_record import read_record
+    from registry.rounds import Rounds
+    from training.samples import SampleLog
+
+    record = read_record(Rounds(engine), installation.open_registry(config, engine), number)
+    return make(record, SampleLog(config.data_dir / "rounds" / f"{number:04d}").read())
 
 
 def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
@@ -76,6 +94,26 @@ def train_once(config: Config, minimum_events: int) -> int:
         return 0
     print(f"round {round_.id} is {round_.state}" + (f": {round_.version}" if round_.version else ""))
     return 0 if round_.state == "done" else 1
+
+
+def repeat_round(config: Config, number: int, overrides: Mapping[str, Any]) -> int:
+    """Repeat a round and say whether it gave the same weights; exit code 1 when it failed."""
+    from registry.round_record import read_record, same_weights
+    from registry.rounds import Rounds
+
+    repeat = _trainer(config).repeat(number, overrides)
+    engine = installation.open_database(config)
+    registry, rounds = installation.open_registry(config, engine), Rounds(engine)
+    print(
+        f"round {repeat.id} is {repeat.state}"
+        + (f": {repeat.version}, a candidate" if repeat.version else "")
+    )
+    match same_weights(read_record(rounds, registry, number), read_record(rounds, registry, repeat.id)):
+        case True:
+            print(f"its weights are those of round {number}, bit for bit")
+        case False:
+            print(f"its weights are not round {number}'s: `instructloop rounds diff {number} {repeat.id}`")
+    return 0 if repeat.state == "done" else 1
 
 
 def train_every(config: Config, seconds: float, minimum_events: int, stop: threading.Event) -> int:

@@ -4,12 +4,12 @@ Owns the versions directory and the append-only log of what happened to them. It
 engine: replicas read `desired()` and report back. What may follow what is decided in `registry.states`.
 """
 
+import contextlib
 import errno
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,36 @@ class Registry:
         states = self._fleet().states
         return [self._load(name, state) for name, state in states.items() if self._is_ready(name)]
 
+    def prune(self, keep: int, spare: Collection[str | None] = ()) -> list[str]:
+        """Delete the weights of old versions that rounds made, and return the names of these versions.
+
+        Kept are those that serve or that a replica has or wants, the one that a rollback returns to, those
+        in `spare` and the `keep` newest others. A pruned version keeps its manifest. It is marked before its
+        files go, so a kill in between leaves nothing that could be promoted; the next call deletes the rest.
+        """
+        fleet = self._fleet()
+        in_use = {fleet.serving, fleet.rollback_target, *spare}
+        in_use |= {name for replica in self.replicas() for name in (replica.actual, replica.desired)}
+        versions = self.versions()
+        others = [
+            version
+            for version in versions
+            if version.manifest.round_id is not None
+            and version.state != "pruned"
+            and version.name not in in_use
+        ]
+        pruned = []
+        for version in others[: max(0, len(others) - keep)]:
+            mark: tuple[Action, str] = ("pruned", version.name)
+            with contextlib.suppress(IllegalTransition):  # promoted meanwhile
+                self._append(lambda _, mark=mark: mark, "trainer", f"the {keep} newest are kept")  # type: ignore[misc]
+                pruned.append(version.name)
+        for version in versions:
+            if version.state == "pruned" or version.name in pruned:
+                for name in version.manifest.files:
+                    (version.path / name).unlink(missing_ok=True)
+        return pruned
+
     def version(self, name: str) -> Version:
         """One version; raises UnknownVersion."""
         state = self._fleet().states.get(name)
@@ -154,6 +184,8 @@ class Registry:
         Raises UnknownVersion, and BrokenVersion naming the file.
         """
         version = self.version(name)
+        if version.state == "pruned":
+            raise BrokenVersion(f"{name} is pruned: its weights were deleted to save disk space")
         manifests.check(version.path, version.manifest)
 
     def annotate(
@@ -337,7 +369,7 @@ class Registry:
         shutil.copytree(staging, copy, symlinks=True)
         return copy
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer at a time below the root, over all processes; the kernel frees it when one is killed."""
         with (self._root / ".lock").open("w") as file:

@@ -1,7 +1,8 @@
 """Training rounds as rows: who asked for one, what it learns from, where it stands, what it measured.
 
-Owns the rounds' life (`requested`, `running`, then `done` or `failed`). It trains nothing; `training` asks it
-what to do and tells it what happened.
+Owns the rounds' life (`requested`, `running`, then `done` or `failed`), which are kept (pinned) and which run
+another again (a repeat, from which no later round goes on). It trains nothing; `training` asks it what to do
+and tells it what happened.
 """
 
 import hashlib
@@ -32,7 +33,11 @@ class RoundConflict(ValueError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: it learns from the events at positions `(cursor, cutoff]`. Times are Unix seconds."""
+    """One round: it learns from the events at positions `(cursor, cutoff]`. Times are Unix seconds.
+
+    A `pinned` round's files are kept. `repeat_of` is the round whose slice this one runs on again, only to
+    compare: the next round takes neither its cursor nor its reward model from here.
+    """
 
     id: int
     state: RoundState
@@ -49,6 +54,30 @@ class Round:
     requested_at: float | None
     started_at: float | None
     ended_at: float | None
+    pinned: bool = False
+    repeat_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a stage stands: when it was last begun and when it ended (Unix seconds), and what it left.
+
+    `attempts` is how often it was begun: more than once where its process was killed.
+    """
+
+    name: str
+    state: str
+    started_at: float | None
+    ended_at: float | None
+    result: Mapping[str, Any] | None
+    attempts: int = 1
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None before its end. Of a stage that was killed and begun again, the last run."""
+        if self.started_at is None or self.ended_at is None:
+            return None
+        return self.ended_at - self.started_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +127,13 @@ class Rounds:
         with self._reader.connect() as connection:
             return self._only(connection, "requested")
 
-    def begin(self, cursor: int, cutoff: int, config: Mapping[str, Any], seed: int) -> Round:
+    def begin(
+        self, cursor: int, cutoff: int, config: Mapping[str, Any], seed: int, repeat_of: int | None = None
+    ) -> Round:
         """Start a round on `(cursor, cutoff]`: the requested one if there is one, else a new one.
 
-        `config` has to be plain JSON. Raises RoundConflict while another round runs.
+        A repeat is always a new one. `config` has to be plain JSON. Raises RoundConflict while another round
+        runs.
         """
         row = {
             "state": "running",
@@ -111,11 +143,12 @@ class Rounds:
             "config_hash": config_hash(config),
             "seed": seed,
             "started_at": time.time(),
+            "repeat_of": repeat_of,
         }
         try:
             with self._engine.begin() as connection:
                 waiting = self._only(connection, "requested")
-                if waiting is not None:
+                if waiting is not None and repeat_of is None:
                     connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == waiting.id).values(**row))
                     return self._get(connection, waiting.id)
                 return self._get(connection, self._insert(connection, row))
@@ -128,31 +161,52 @@ class Rounds:
             return self._only(connection, "running")
 
     def last_done(self) -> Round | None:
-        """Return the latest round that came to its end; the next one's cursor is its cutoff."""
-        query = sa.select(ROUNDS).where(ROUNDS.c.state == "done").order_by(ROUNDS.c.id.desc()).limit(1)
+        """Return the latest round that came to its end, not a repeat; the next starts at its cutoff."""
+        done = (ROUNDS.c.state == "done", ROUNDS.c.repeat_of.is_(None))
+        query = sa.select(ROUNDS).where(*done).order_by(ROUNDS.c.id.desc()).limit(1)
         with self._reader.connect() as connection:
             row = connection.execute(query).first()
         return Round(**row._mapping) if row else None
 
-    def stage(self, round_id: int, name: str, state: str) -> None:
-        """Note that the round's stage `name` is now in `state` (`running`, `done`, …)."""
+    def stage(self, round_id: int, name: str, state: str, result: Mapping[str, Any] | None = None) -> None:
+        """Note that the round's stage `name` is now `running`, or `done` and what it left behind."""
         with self._engine.begin() as connection:
             self._require_running(connection, round_id)
             connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(stage=name))
             same = (ROUND_STAGES.c.round_id == round_id) & (ROUND_STAGES.c.name == name)
-            row = {"state": state, "at": time.time()}
-            if not connection.execute(sa.update(ROUND_STAGES).where(same).values(**row)).rowcount:
-                connection.execute(sa.insert(ROUND_STAGES).values(round_id=round_id, name=name, **row))
+            now = time.time()
+            row: dict[str, Any] = {"state": state, "at": now}
+            if state == "running":
+                row |= {"started_at": now, "ended_at": None, "attempts": ROUND_STAGES.c.attempts + 1}
+            else:
+                row |= {"ended_at": now, "result": _plain(result)}
+            if connection.execute(sa.select(ROUND_STAGES.c.name).where(same)).first() is None:
+                first = {"round_id": round_id, "name": name, "state": state, "at": now}
+                connection.execute(sa.insert(ROUND_STAGES).values(**first))
+            connection.execute(sa.update(ROUND_STAGES).where(same).values(**row))
 
-    def stages(self, round_id: int) -> dict[str, str]:
-        """Return the state of each stage that the round has reached, in the order of their last change."""
+    def stages(self, round_id: int) -> Sequence[Stage]:
+        """Return the stages that the round has reached, in the order of their last change."""
+        names = ("name", "state", "started_at", "ended_at", "result", "attempts")
         query = (
-            sa.select(ROUND_STAGES.c.name, ROUND_STAGES.c.state)
+            sa.select(*(ROUND_STAGES.c[name] for name in names))
             .where(ROUND_STAGES.c.round_id == round_id)
             .order_by(ROUND_STAGES.c.at)
         )
         with self._reader.connect() as connection:
-            return {row.name: row.state for row in connection.execute(query)}
+            return [Stage(**row._mapping) for row in connection.execute(query)]
+
+    def pin(self, round_id: int, pinned: bool = True) -> None:
+        """Keep the round's files and version, or with `pinned` false no longer; raises UnknownRound."""
+        with self._engine.begin() as connection:
+            self._get(connection, round_id)
+            connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(pinned=pinned))
+
+    def pinned(self) -> Sequence[Round]:
+        """All pinned rounds, oldest first."""
+        query = sa.select(ROUNDS).where(ROUNDS.c.pinned).order_by(ROUNDS.c.id)
+        with self._reader.connect() as connection:
+            return [Round(**row._mapping) for row in connection.execute(query)]
 
     def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Store the figures of one step; a step that is run again after a kill replaces its figures."""
@@ -226,10 +280,14 @@ class Rounds:
             return [Metric(**row._mapping) for row in connection.execute(query)]
 
     def learned_from(self, position: int) -> Sequence[Round]:
-        """Return the rounds that are done and whose slice holds the event at `position`, oldest first."""
+        """Return the rounds that are done and whose slice holds the event at `position`, oldest first.
+
+        Repeats are left out: no version that serves comes from one by itself.
+        """
+        held = (ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
         query = (
             sa.select(ROUNDS)
-            .where(ROUNDS.c.state == "done", ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
+            .where(ROUNDS.c.state == "done", ROUNDS.c.repeat_of.is_(None), *held)
             .order_by(ROUNDS.c.id)
         )
         with self._reader.connect() as connection:
@@ -257,3 +315,14 @@ class Rounds:
         state = self._get(connection, round_id).state
         if state != "running":
             raise RoundConflict(f"round {round_id} is {state}, not running")
+
+
+def _plain(value: Any) -> Any:
+    """Return the same JSON with null where a number is not finite, which a database does not take."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
-State = Literal["candidate", "serving", "retired", "rejected"]
-Action = Literal["published", "promoted", "rejected", "rolled_back"]
+State = Literal["candidate", "serving", "retired", "rejected", "pruned"]
+Action = Literal["published", "promoted", "rejected", "rolled_back", "pruned"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
@@ -75,12 +75,11 @@ def apply(fleet: Fleet, action: str, version: str, sequence: int | None = None) 
         return Fleet({**fleet.states, version: "candidate"}, fleet.served, sequence, fleet.desired_sequence)
     if state is None:
         raise IllegalTransition(f"{version} has not been published")
-    if action == "rejected":
-        if state not in ("candidate", "retired"):
-            raise IllegalTransition(
-                f"{version} is {state}: only a candidate or a retired version is rejected"
-            )
-        return Fleet({**fleet.states, version: "rejected"}, fleet.served, sequence, fleet.desired_sequence)
+    if state == "pruned":
+        raise IllegalTransition(f"{version} is pruned: its weights were deleted to save disk space")
+    if action in ("rejected", "pruned"):
+        ruled_out = _ruled_out(fleet, action, version)
+        return Fleet({**fleet.states, version: ruled_out}, fleet.served, sequence, fleet.desired_sequence)
     if action == "promoted":
         if state not in ("candidate", "retired"):
             raise IllegalTransition(
@@ -96,6 +95,18 @@ def apply(fleet: Fleet, action: str, version: str, sequence: int | None = None) 
         states[fleet.serving] = "retired"
     states[version] = "serving"
     return Fleet(states, served, sequence, sequence)
+
+
+def _ruled_out(fleet: Fleet, action: str, version: str) -> State:
+    """Return the state of a version that is never to serve again; raises IllegalTransition where it may."""
+    if action == "pruned":
+        if version in (fleet.serving, fleet.rollback_target):
+            raise IllegalTransition(f"{version} serves, or is what a rollback returns to: it is not pruned")
+        return "pruned"
+    state = fleet.states[version]
+    if state not in ("candidate", "retired"):
+        raise IllegalTransition(f"{version} is {state}: only a candidate or a retired version is rejected")
+    return "rejected"
 
 
 def fold(entries: Iterable[LogLine]) -> Fleet:

@@ -61,6 +61,8 @@ ROUNDS = sa.Table(
     sa.Column("requested_at", sa.Float),
     sa.Column("started_at", sa.Float),
     sa.Column("ended_at", sa.Float),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("repeat_of", sa.Integer),
 )
 
 # The database itself keeps to one request that waits and one round that runs, whoever races.
@@ -77,6 +79,10 @@ ROUND_STAGES = sa.Table(
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("state", sa.String(20), nullable=False),
     sa.Column("at", sa.Float, nullable=False),
+    sa.Column("started_at", sa.Float),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
 )
 
 # `value` is null where the figure was not finite: a diverged loss has to be storable, and NaN is not JSON.

@@ -47,6 +47,7 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/v1/rounds", _OPERATOR),
     ("POST", "/v1/rounds", _OPERATOR),
     ("GET", "/v1/rounds/{id}", _OPERATOR),
+    ("GET", "/v1/rounds/{id}/report", _OPERATOR),
 )
 
 _PATTERNS = [(method, re.compile(re.sub(r"\{id\}", "[^/]+", path)), roles) for method, path, roles in ROUTES]

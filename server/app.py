@@ -62,9 +62,11 @@ async def serve(
     versions: Path,
     secret: bytes,
     replica_id: str,
+    round_report: Callable[[int], str],
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
+    `round_report` makes the HTML page about a round, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -109,7 +111,12 @@ async def serve(
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
             ).router(),
-            OperatorRoutes(registry=registry, rounds=rounds, wait_seconds=rollout.wait_seconds).router(),
+            OperatorRoutes(
+                registry=registry,
+                rounds=rounds,
+                wait_seconds=rollout.wait_seconds,
+                round_report=round_report,
+            ).router(),
         ]
         app = assemble(
             engine.app,

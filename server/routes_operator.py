@@ -27,11 +27,18 @@ class OperatorRoutes:
     """The handlers and what they work on; `router()` binds them to their paths."""
 
     def __init__(
-        self, *, registry: Registry, rounds: Rounds, wait_seconds: float, poll_seconds: float = 0.2
+        self,
+        *,
+        registry: Registry,
+        rounds: Rounds,
+        wait_seconds: float,
+        round_report: Callable[[int], str],
+        poll_seconds: float = 0.2,
     ) -> None:
         self._registry = registry
         self._rounds = rounds
         self._wait_seconds = wait_seconds
+        self._round_report = round_report
         self._poll_seconds = poll_seconds
 
     def router(self) -> APIRouter:
@@ -47,6 +54,7 @@ class OperatorRoutes:
         add("/v1/rounds", self.rounds, methods=["GET"])
         add("/v1/rounds", self.request_round, methods=["POST"])
         add("/v1/rounds/{round_id}", self.round, methods=["GET"])
+        add("/v1/rounds/{round_id}/report", self.round_report, methods=["GET"])
         return router
 
     async def versions(self) -> dict[str, Any]:
@@ -100,11 +108,23 @@ class OperatorRoutes:
         return JSONResponse({"id": await anyio.to_thread.run_sync(request), "state": "requested"}, 202)
 
     async def round(self, round_id: int) -> dict[str, Any]:
-        """One round with its stages and its figures."""
+        """One round with the state of its stages, their seconds and results, and its figures."""
         found = await _known(self._rounds.get, round_id)
         stages = await anyio.to_thread.run_sync(self._rounds.stages, round_id)
         metrics = await anyio.to_thread.run_sync(self._rounds.metrics, round_id)
-        return asdict(found) | {"stages": stages, "metrics": [asdict(metric) for metric in metrics]}
+        return asdict(found) | {
+            "stages": {stage.name: stage.state for stage in stages},
+            "seconds": {stage.name: stage.seconds for stage in stages},
+            "results": {stage.name: stage.result for stage in stages},
+            "metrics": [asdict(metric) for metric in metrics],
+        }
+
+    async def round_report(self, round_id: int) -> Response:
+        """Return the page about one round, as far as it is."""
+        page = await _known(self._round_report, round_id)
+        # Responses of models stand in it: escaped, and with nothing that a browser would run or fetch.
+        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
 
     async def _moved(self, action: str, name: str, wait: bool) -> Response:
         """Answer a move: 202 at once, or with `wait` 200 when all live replicas serve `name`."""

@@ -121,6 +121,7 @@ class ComparisonRun(RoundRun):
             registry=registry,
             rounds=_Unrecorded(),
             make_sampler=make_sampler,
+            track=lambda *_: None,
         )
 
     def compare(self, algorithms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

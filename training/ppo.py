@@ -51,6 +51,8 @@ from training.policy import Policy, freeze, frozen_copy, load_policy, trunk_and_
 from training.pretraining import PretrainingTexts, in_passes
 from training.reward_model import Report
 from training.rollouts import Rollouts
+from training.samples import SAMPLES_AN_UPDATE
+from training.samples import Sample as ShownSample
 from training.settings import TrainingSettings
 
 TOKENS_A_PASS = 1024
@@ -64,7 +66,7 @@ GAP_TOKENS = 256
 RETREATS = 3
 """How often PPO goes back to its last checkpoint, with half the learning rate, before it gives up."""
 
-KeepSamples = Callable[[int, list[dict[str, Any]]], None]
+KeepSamples = Callable[[int, list[ShownSample]], None]
 
 
 @dataclass(slots=True)
@@ -561,9 +563,9 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             group["lr"] /= 2
         self._save()
 
-    def _shown(self, episodes: Episodes) -> list[dict[str, Any]]:
+    def _shown(self, episodes: Episodes) -> list[ShownSample]:
         """Return the first response to some of an update's prompts, as text with its score."""
-        rows = [episodes.of([i])[0] for i in range(min(4, len(episodes.prompts)))]
+        rows = [episodes.of([i])[0] for i in range(min(SAMPLES_AN_UPDATE, len(episodes.prompts)))]
         return [
             {
                 "prompt": self.processing_class.decode(episodes.prompts[i].token_ids),

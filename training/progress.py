@@ -1,6 +1,7 @@
 """How far a stage is: a bar on a terminal, a line now and then in a log, every figure to its keeper."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -32,9 +33,15 @@ class Progress:
         self._bar.close()
 
     def __call__(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of `step` of `steps`."""
+        """Take the figures of `step` of `steps`; FloatingPointError, once kept, if a loss is not finite.
+
+        Nothing that is learned after such a step is worth its time.
+        """
         numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         self._keep(step, numbers)
+        for name, value in numbers.items():
+            if name.startswith("loss") and not math.isfinite(value):
+                raise FloatingPointError(f"{name} is not finite at step {step} of {steps}")
         self._bar.total = steps
         self._bar.update(step - self._bar.n)
         shown = {name: f"{value:.3g}" for name, value in list(numbers.items())[:4]}

@@ -30,29 +30,40 @@ from training.algorithms import Task, train
 from training.dataset import Dataset, Side, build
 from training.logprobs import total_logprobs
 from training.policy import load_policy, write_checkpoint
-from training.pretraining import PretrainingTexts, read_prompts
+from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
 from training.reward_model import Report, accuracy_by_source, fit
 from training.rollouts import Rollouts
+from training.samples import SampleLog
 from training.settings import TrainingSettings
 from training.sft import checkpoint_epochs, fine_tune
 
 STAGES = ("dataset", "sft", "reward_model", "judge", "select", "ppo", "publish", "gate")
-WORKING_FILES = ("sft", "sft_epochs", "sft_work", "ppo", "candidate", "rollout")
-"""What a round needs no more once its candidate is published."""
+MODELS = ("reward_model", "judge")
+"""What is kept of a round that has ended, for as long as `training/disk.py` says: its reward models."""
+
+MOST_ATTEMPTS = 20
+"""How often a stage is begun; beyond that it is no power cut, but the kernel that kills it for its memory."""
 
 Result = Mapping[str, Any]
 SamplerFactory = Callable[[Path, TrainingSettings], Sampler]
+Track = Callable[[str, int, Mapping[str, float]], None]
+"""Called with the stage, the step and the step's figures."""
 
 
 class RoundRefused(ValueError):  # noqa: N818
-    """A round can't be run on this data; the message says what is missing."""
+    """A round can't be run on this data or this machine; the message says what is missing."""
+
+
+class EngineFailed(RuntimeError):  # noqa: N818
+    """The engine for rollouts and held-out answers did not start."""
 
 
 class RoundRun:
     """One round's run through the stages, in its own `directory` beside those of the other rounds.
 
-    `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it.
+    `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it; `track`
+    gets every figure that is stored.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class RoundRun:
         registry: Registry,
         rounds: Rounds,
         make_sampler: SamplerFactory,
+        track: Track,
     ) -> None:
         self._round = round_
         self._directory = directory
@@ -71,6 +83,7 @@ class RoundRun:
         self._registry = registry
         self._rounds = rounds
         self._make_sampler = make_sampler
+        self._track = track
         # The round's own settings: a resumed round goes on as it began, whatever has been changed since.
         self._settings = TrainingSettings(**round_.config["training"])
         self._evaluation = EvaluationSettings(**round_.config["evaluation"])
@@ -109,14 +122,26 @@ class RoundRun:
         done = self._directory / f"{name}.json"
         if not done.exists():
             self._rounds.stage(self._round.id, name, "running")
+            self._refuse_to_die_again(name)
             torch.manual_seed(self._settings.seed)
             result = run()
             staging = done.with_suffix(".partial")
             staging.write_text(json.dumps(result, indent=1))
+            # The row first: once the file is there, nobody looks at this stage again.
+            self._rounds.stage(self._round.id, name, "done", result)
             staging.rename(done)
-            self._rounds.stage(self._round.id, name, "done")
         found: Result = json.loads(done.read_text())
         return found
+
+    def _refuse_to_die_again(self, name: str) -> None:
+        """Raise RoundRefused for a stage that was begun too often: what kills it leaves no error."""
+        (attempts,) = (stage.attempts for stage in self._rounds.stages(self._round.id) if stage.name == name)
+        if attempts > MOST_ATTEMPTS:
+            raise RoundRefused(
+                f"its process was killed {MOST_ATTEMPTS} times, most likely for want of memory: look at the "
+                "system's log; lower training.prompt_tokens, training.response_tokens, training.ppo_batch or "
+                "training.kv_cache_gib, or give the trainer a machine with more"
+            )
 
     # -- the stages
 
@@ -129,10 +154,13 @@ class RoundRun:
                     f"only {judged} usable rankings, thumbs and ratings on the {name} prompts, "
                     f"at least {self._settings.minimum_judged} are needed: collect more feedback"
                 )
+        more_prompts, texts = self._files  # now, rather than when PPO asks for them
         return {
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
             "left_out": dict(data.left_out),
+            "prompts_of_the_file": len(more_prompts),
+            "pretraining_mix": texts is not None,
         }
 
     def _sft(self) -> Result:
@@ -230,10 +258,10 @@ class RoundRun:
 
     def _gate(self, name: str) -> Result:
         """Let the candidate and the version in service answer held-out prompts, and decide."""
-        desired = self._registry.desired()
-        incumbent = self._registry.version(
-            desired.name if desired and desired.name != name else self._parent.name
-        )
+        desired, incumbent = self._registry.desired(), self._parent
+        # A repeat is judged against what the first run started from, whatever serves by now.
+        if desired and desired.name != name and self._round.repeat_of is None:
+            incumbent = self._registry.version(desired.name)
         candidate = self._registry.version(name)
         prompts = self._dataset.held_out.sorted_prompts()[: self._evaluation.prompts]
         seed = self._settings.seed
@@ -245,9 +273,12 @@ class RoundRun:
         return {**verdict.as_dict(), "incumbent": incumbent.name}
 
     def _act(self, version: str, verdict: Result) -> None:
-        """Record the verdict and do what it says; done again after a kill, it changes nothing."""
+        """Record the verdict and do what it says; done again after a kill, it changes nothing.
+
+        A repeat only records it: its candidate is for comparison, and an operator's to promote.
+        """
         self._registry.annotate(version, verdict=verdict)
-        if self._registry.version(version).state != "candidate":
+        if self._round.repeat_of is not None or self._registry.version(version).state != "candidate":
             return
         actor, reason = f"round {self._round.id}", " ".join(verdict["reasons"])
         if verdict["promote"]:
@@ -260,16 +291,12 @@ class RoundRun:
     def _task(
         self, settings: TrainingSettings, work: Path, report: Report, updates: int | None = None
     ) -> Task:
-        prompts, texts = self._dataset.train.sorted_prompts(), None
-        if settings.ppo_prompt_file:
-            prompts += read_prompts(Path(settings.ppo_prompt_file), self._tokenizer, settings.prompt_tokens)
-        if settings.ppo_ptx_file:
-            texts = PretrainingTexts(Path(settings.ppo_ptx_file), self._tokenizer, settings.ppo_ptx_tokens)
+        more_prompts, texts = self._files
         return Task(
             policy=load_policy(self._directory / "sft"),
             tokenizer=self._tokenizer,
             side=self._dataset.train,
-            prompts=prompts,
+            prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
             reward_model=self._directory / "reward_model",
             rollouts=Rollouts(
                 self._engine,
@@ -283,7 +310,23 @@ class RoundRun:
             report=report,
             updates=updates,
             texts=texts,
+            keep_samples=SampleLog(self._directory).keep,
         )
+
+    @cached_property
+    def _files(self) -> tuple[list[Prompt], PretrainingTexts | None]:
+        """The prompts and the pretraining texts that the settings name; raises RoundRefused."""
+        prompts, texts, settings = [], None, self._settings
+        try:
+            if settings.ppo_prompt_file:
+                file = Path(settings.ppo_prompt_file)
+                prompts = read_prompts(file, self._tokenizer, settings.prompt_tokens)
+            if settings.ppo_ptx_file:
+                file = Path(settings.ppo_ptx_file)
+                texts = PretrainingTexts(file, self._tokenizer, settings.ppo_ptx_tokens)
+        except FileProblem as problem:
+            raise RoundRefused(f"{problem} (ppo_prompt_file or ppo_ptx_file)") from None
+        return prompts, texts
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -298,7 +341,10 @@ class RoundRun:
 
     @cached_property
     def _engine(self) -> Sampler:
-        self._sampler = self._make_sampler(self._parent.path, self._settings)
+        try:
+            self._sampler = self._make_sampler(self._parent.path, self._settings)
+        except Exception as problem:
+            raise EngineFailed(f"the rollout engine did not start: {problem}") from problem
         return self._sampler
 
     def _fit(self, side: Side, name: str, start: Path | None) -> RewardModel:
@@ -317,7 +363,7 @@ class RoundRun:
             for source, by_name in accuracy.items()
             for name, interval in by_name.items()
         }
-        self._rounds.metric(self._round.id, stage, 0, figures)
+        self._keep(stage, 0, figures)
         return {
             "held_out_accuracy": {
                 source: {name: interval.figures() for name, interval in by_name.items()}
@@ -326,9 +372,11 @@ class RoundRun:
         }
 
     def _progress(self, stage: str) -> Progress:
-        return Progress(
-            stage, lambda step, figures: self._rounds.metric(self._round.id, stage, step, figures)
-        )
+        return Progress(stage, lambda step, figures: self._keep(stage, step, figures))
+
+    def _keep(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+        self._rounds.metric(self._round.id, stage, step, figures)
+        self._track(stage, step, figures)
 
     def _result(self, stage: str) -> Result:
         found: Result = json.loads((self._directory / f"{stage}.json").read_text())

@@ -21,6 +21,13 @@ class TrainingSettings(BaseModel):
     keep_rounds: int = Field(
         2, ge=1, description="Of how many rounds the working files (reward models, checkpoints) are kept."
     )
+    keep_versions: int = Field(
+        5, ge=1, description="Of how many versions that neither serve nor did before the weights are kept."
+    )
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="Trackers that get a round's figures, by Transformers' names (tensorboard, mlflow, …).",
+    )
     held_out_share: float = Field(
         0.3, gt=0, lt=1, description="The share of prompts that only the gate's judge and metrics ever see."
     )

@@ -52,6 +52,7 @@ def fine_tune(
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen, and ends the stage
         report_to=[],
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},

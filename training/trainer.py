@@ -1,24 +1,31 @@
-"""The trainer: when a round is due, one at a time, and what is kept of those that are over.
+"""The trainer: when a round is due, one at a time, how one is repeated and what is kept of old ones.
 
 What a round does is `training/round.py`'s.
 """
 
 import fcntl
 import logging
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
-from training.round import WORKING_FILES, Result, RoundRefused, RoundRun, SamplerFactory
+from training.disk import check_space, tidy
+from training.failures import explain
+from training.round import Result, RoundRefused, RoundRun, SamplerFactory
 from training.settings import TrainingSettings
+from training.trackers import Trackers
+
+_SECTIONS: dict[str, type[BaseModel]] = {"training": TrainingSettings, "evaluation": EvaluationSettings}
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +86,31 @@ class Trainer:
         with self._lock():
             return self._run_once(minimum_events)
 
+    def repeat(self, round_id: int, overrides: Mapping[str, Any]) -> Round:
+        """Run a round again on its slice, parent and seed, with `overrides` on its settings.
+
+        `overrides` are by dotted name, such as `training.ppo_updates`. The repeat is a round of its own, from
+        which no later round goes on. It publishes a candidate and records the gate's verdict, but acts on
+        none. A repeat that was killed is gone on with. Returns it when it has ended.
+        Raises UnknownRound, RoundRefused where what the round needs is gone or an override is wrong, and
+        TrainerBusy.
+        """
+        with self._lock():
+            original = self._rounds.get(round_id)
+            config = self._repeated(original, overrides)
+            round_ = self._rounds.unfinished()
+            if round_ is None:
+                assert original.cursor is not None and original.cutoff is not None
+                seed = config["training"]["seed"]
+                round_ = self._rounds.begin(
+                    original.cursor, original.cutoff, config, seed, repeat_of=round_id
+                )
+            elif (round_.repeat_of, round_.config) != (round_id, config):
+                raise RoundRefused(
+                    f"round {round_.id} was not finished: `instructloop train --once` goes on with it"
+                )
+            return self._carry_out(round_)
+
     def run_every(self, seconds: float, minimum_events: int, stop: threading.Event) -> None:
         """Run a round whenever one is asked for, and every `seconds` where enough events have come.
 
@@ -106,50 +138,105 @@ class Trainer:
             round_ = self._begin(cursor, cutoff, last)
         else:
             logger.info("round %d was not finished: going on with it", round_.id)
+        return self._carry_out(round_)
+
+    def _carry_out(self, round_: Round) -> Round:
+        """Run the stages that are left, end the round and tidy up; returns it as it is then."""
         try:
             verdict, version = self._run(round_)
+        except (SystemExit, KeyboardInterrupt):
+            logger.warning("round %d was stopped: the next trainer goes on with it", round_.id)
+            raise
         except Exception as problem:
             # Whatever it was: a round left `running` would be taken up, and fail, again and again.
             logger.exception("round %d failed", round_.id)
-            stage = self._rounds.get(round_.id).stage or "dataset"
-            self._rounds.finish(round_.id, "failed", error=f"{stage}: {problem}")
+            error = explain(self._rounds.get(round_.id).stage or "start", problem)
+            self._rounds.finish(round_.id, "failed", error=error)
         else:
             self._rounds.finish(round_.id, "done", version=version, verdict=verdict)
-            self._tidy(round_.id)
+        self._tidy()
         return self._rounds.get(round_.id)
 
     def _run(self, round_: Round) -> tuple[Result, str]:
-        return RoundRun(
-            round_,
-            self._root / f"{round_.id:04d}",
-            store=self._store,
-            registry=self._registry,
-            rounds=self._rounds,
-            make_sampler=self._make_sampler,
-        ).run()
+        directory = self._root / f"{round_.id:04d}"
+        if not directory.exists():
+            check_space(self._root, self._registry.version(round_.config["parent"]).path)
+        with Trackers(
+            self._settings.report_to,
+            run_name=f"round-{round_.id:04d}",
+            directory=directory,
+            config=round_.config,
+        ) as trackers:
+            return RoundRun(
+                round_,
+                directory,
+                store=self._store,
+                registry=self._registry,
+                rounds=self._rounds,
+                make_sampler=self._make_sampler,
+                track=trackers.log,
+            ).run()
 
     def _begin(self, cursor: int, cutoff: int, last: Round | None) -> Round:
         desired = self._registry.desired()
         if desired is None:
             raise RoundRefused("no version is in service, so there is nothing to train from")
-        previous = self._root / f"{last.id:04d}" / "reward_model" if last else None
         config = {
             "parent": desired.name,
-            "reward_model_from": last.id
-            if last and previous and (previous / "head.safetensors").exists()
-            else None,
+            "reward_model_from": last.id if last and self._has_reward_model(last.id) else None,
             "training": self._settings.model_dump(mode="json"),
             "evaluation": self._evaluation.model_dump(mode="json"),
         }
         return self._rounds.begin(cursor, cutoff, config, self._settings.seed)
 
-    def _tidy(self, round_id: int) -> None:
-        """Keep the working files of the latest rounds only, and of those no checkpoint that was published."""
-        for name in WORKING_FILES:
-            shutil.rmtree(self._root / f"{round_id:04d}" / name, ignore_errors=True)
-        directories = sorted(path for path in self._root.iterdir() if path.is_dir())
-        for old in directories[: -self._settings.keep_rounds]:
-            shutil.rmtree(old)
+    def _repeated(self, original: Round, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration of a repeat; raises RoundRefused where something it needs is gone."""
+        if original.cutoff is None:
+            raise RoundRefused(f"round {original.id} has not begun, so there is nothing to repeat")
+        parent, previous = original.config["parent"], original.config["reward_model_from"]
+        if self._registry.version(parent).state == "pruned":
+            raise RoundRefused(
+                f"round {original.id} started from {parent}, whose weights were pruned since: "
+                "pin rounds that you want to repeat (`instructloop rounds pin`)"
+            )
+        if previous is not None and not self._has_reward_model(previous):
+            raise RoundRefused(
+                f"round {original.id} started from round {previous}'s reward model, which was tidied away: "
+                "pin rounds that you want to repeat (`instructloop rounds pin`)"
+            )
+        values = {name: dict(original.config[name]) for name in _SECTIONS}
+        for key, value in overrides.items():
+            section, _, name = key.partition(".")
+            if section not in _SECTIONS or name not in _SECTIONS[section].model_fields:
+                raise RoundRefused(f"{key} is not a setting of a round: it is training.… or evaluation.…")
+            values[section][name] = value
+        config: dict[str, Any] = {"parent": parent, "reward_model_from": previous}
+        for name, settings in _SECTIONS.items():
+            try:
+                config[name] = settings(**values[name]).model_dump(mode="json")
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join([name, *(str(part) for part in first["loc"])])
+                raise RoundRefused(
+                    f"round {original.id} can't be repeated: {where}: {first['msg']}"
+                ) from None
+        return config
+
+    def _has_reward_model(self, round_id: int) -> bool:
+        return (self._root / f"{round_id:04d}" / "reward_model" / "head.safetensors").exists()
+
+    def _tidy(self) -> None:
+        """Delete what no later round needs: working files, old reward models, old versions' weights."""
+        pinned, last = self._rounds.pinned(), self._rounds.last_done()
+        # A pinned round can be repeated, so what it started from stays, too.
+        needed = {
+            number for round_ in pinned for number in (round_.id, round_.config.get("reward_model_from"))
+        }
+        newest = [round_.id for round_ in self._rounds.list(self._settings.keep_rounds)]
+        tidy(self._root, keep_models={*needed, *newest, last.id if last else None})
+        spare = {name for round_ in pinned for name in (round_.version, round_.config.get("parent"))}
+        for name in self._registry.prune(self._settings.keep_versions, spare - {None}):
+            logger.info("%s: its weights are deleted, its manifest is kept", name)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -159,5 +246,7 @@ class Trainer:
                 # The kernel lets go of it when the process ends, however it ends.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise TrainerBusy(f"another trainer holds {self._root / 'lock'}") from None
+                raise TrainerBusy(
+                    f"another trainer holds {self._root / 'lock'}: stop it, or `instructloop up`, first"
+                ) from None
             yield

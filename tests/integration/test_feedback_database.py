@@ -39,9 +39,10 @@ def _schema(engine: Engine) -> dict[str, str]:
     query = sa.text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'alembic_version'")
     with engine.connect() as connection:
         found = {name: sql for name, sql in connection.execute(query)}
-    # The order of a table's constraints says nothing.
+    # The order of a table's constraints says nothing, and columns that were added stand on one line.
     return {
-        name: "".join(sorted(re.split(r",?\s*\n\s*", sql))).replace(" ", "") for name, sql in found.items()
+        name: "".join(sorted(re.split(r",?\s*\n\s*|,\s*", sql))).replace(" ", "")
+        for name, sql in found.items()
     }
 
 

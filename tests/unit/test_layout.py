@@ -86,6 +86,7 @@ def test_there_is_no_drawer_module() -> None:
 
 def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
+    named += ["evaluation.round_report", "training.samples"]  # a server makes a round's page
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
@@ -96,6 +97,7 @@ def light_modules() -> list[str]:
         "installation",
         "doctor",
         "listings",
+        "rounds",
         "parts",
         "model",
         "database",

@@ -1,4 +1,5 @@
 import argparse
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -51,6 +52,12 @@ def test_keys_are_made_listed_and_revoked(data_dir: Path, capsys: pytest.Capture
         (["promote", "policy-0099"], "policy-0099"),
         (["reject", "policy-0099"], "policy-0099"),
         (["rollback"], "no version served before"),
+        (["rounds", "show", "7"], "there is no round 7"),
+        (["rounds", "diff", "7", "8"], "there is no round 7"),
+        (["rounds", "pin", "7"], "there is no round 7"),
+        (["rounds", "report", "7"], "there is no round 7"),
+        (["rounds", "repeat", "7", "--set", "training.ppo_updates"], "KEY=VALUE is expected"),
+        (["rounds", "repeat", "7", "--set", "training.vllm_arguments={"], "neither TOML nor JSON"),
         (["feedback", "import", "absent.jsonl", "--source", "x"], "absent.jsonl: no such file"),
         (["compare-algorithms", "--seeds", "1"], "no version is in service"),
         (["--config", "absent.toml", "versions"], "absent.toml: no such file"),
@@ -78,8 +85,8 @@ def test_a_defect_is_not_taken_for_a_mistake_of_the_user(
 
 
 def test_listings_of_an_empty_installation(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, header in (("versions", "VERSION"), ("rounds", "ROUND")):
-        assert cli.run([command]) == 0
+    for command, header in ((["versions"], "VERSION"), (["rounds"], "ROUND"), (["rounds", "list"], "ROUND")):
+        assert cli.run(command) == 0
         assert capsys.readouterr().out.split()[0] == header
 
 
@@ -107,6 +114,56 @@ def test_versions_roll_forward_and_back(
         states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
         assert [name for name, state in states.items() if state == "serving"] == [serving]
     assert registry.log()[-1].reason == "worse"
+
+
+def test_rounds_are_shown_compared_pinned_and_reported(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructloop import installation
+    from instructloop.config import load
+    from registry.rounds import Rounds
+    from training.samples import Sample, SampleLog
+
+    rounds = Rounds(installation.open_database(load()))
+    for updates, loss in ((8, 0.5), (12, 0.25)):
+        number = rounds.begin(0, 40, {"training": {"ppo_updates": updates}}, 7).id
+        rounds.stage(number, "sft", "running")
+        rounds.stage(number, "sft", "done", {"demonstrations": 20})
+        rounds.metric(number, "sft", 1, {"loss": loss})
+        rounds.finish(number, "done", verdict={"promote": updates > 8, "reasons": ["So it is."]})
+    assert cli.run(["rounds", "diff", "1", "2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["PART", "NAME", "ROUND", "1", "ROUND", "2"]
+    assert ["config", "training.ppo_updates", "8", "12"] in lines
+    assert ["figures", "sft/loss", "0.5", "0.25"] in lines
+    assert ["verdict", "promote", "false", "true"] in lines
+    assert cli.run(["rounds", "diff", "1", "2", "--json"]) == 0
+    found = {(item["section"], item["name"]): item for item in json.loads(capsys.readouterr().out)}
+    assert found["config", "training.ppo_updates"]["new"] == 12
+
+    assert cli.run(["rounds", "pin", "1"]) == 0
+    capsys.readouterr()
+    cli.run(["rounds"])
+    (pinned,) = [line for line in capsys.readouterr().out.splitlines() if "pinned" in line]
+    assert pinned.startswith("1 ")
+    assert cli.run(["rounds", "unpin", "1"]) == 0
+    assert rounds.pinned() == []
+
+    capsys.readouterr()
+    assert cli.run(["rounds", "show", "2"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("state: done", "verdict: promote: So it is.", '{"demonstrations": 20}', "sft/loss"):
+        assert text in shown
+    assert cli.run(["rounds", "show", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"] == {"sft/loss": 0.25}
+
+    directory = data_dir / "rounds" / "0002"
+    directory.mkdir(parents=True)
+    SampleLog(directory).keep(1, [Sample(prompt="say w7", response="w7 <w7>", score=1.0)])
+    assert cli.run(["rounds", "report", "2", "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "w7 &lt;w7&gt;" in page
+    assert "So it is." in page
 
 
 def test_serve_says_what_to_do_when_there_is_no_version(

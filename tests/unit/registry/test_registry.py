@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from instructloop.database import connect
-from registry.registry import IllegalTransition, Registry, Replica, UnknownVersion
+from registry.registry import BrokenVersion, IllegalTransition, Registry, Replica, UnknownVersion, Version
 
 Make = Callable[..., Path]
 
@@ -131,3 +131,93 @@ def test_reading_does_not_wait_for_a_writer(three: Registry, engine: sa.Engine) 
         assert three.desired() is not None
         assert three.replicas() == []
     assert time.monotonic() - started < 5
+
+
+def files_of(registry: Registry, name: str) -> set[str]:
+    path = registry.version(name).path
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+
+
+WHOLE = {"manifest.json", "READY", "model.safetensors", "config.json", "onnx/extra.bin"}
+BARE = {"manifest.json", "READY"}
+
+
+@pytest.fixture
+def many(registry: Registry, checkpoint: Make) -> Registry:
+    """A base and eight candidates of rounds: 1 and 2 have served, 3 serves, 4 is rejected."""
+    registry.publish(checkpoint(b"base"), parent=None, round_id=None, kind="base", details={})
+    for number in range(1, 9):
+        registry.publish(checkpoint(bytes([number])), parent=None, round_id=number, kind="ppo", details={})
+    for number in (0, 1, 2, 3):
+        registry.promote(f"policy-000{number}", actor="test", reason="")
+    registry.reject("policy-0004", actor="test", reason="")
+    return registry
+
+
+def test_pruning_keeps_what_serves_what_may_serve_again_and_the_newest(many: Registry) -> None:
+    many.report(Replica("r1", "policy-0003", "policy-0005", "swapping"))
+    assert many.prune(2, spare={"policy-0004", None}) == ["policy-0001", "policy-0006"]
+    assert {name: files_of(many, name) == WHOLE for name in [f"policy-000{i}" for i in range(9)]} == {
+        "policy-0000": True,  # no round made it
+        "policy-0001": False,
+        "policy-0002": True,  # a rollback returns to it
+        "policy-0003": True,  # serves
+        "policy-0004": True,  # spared
+        "policy-0005": True,  # a replica has it
+        "policy-0006": False,
+        "policy-0007": True,  # the two newest
+        "policy-0008": True,
+    }
+    pruned = many.version("policy-0006")
+    assert (pruned.state, files_of(many, "policy-0006")) == ("pruned", BARE)
+    assert set(pruned.manifest.files) == WHOLE - BARE
+    assert many.prune(2, spare={"policy-0004"}) == []
+    many.rollback(actor="test", reason="")
+    # The one before is gone, so a second rollback goes to the base.
+    assert many.rollback(actor="test", reason="") == "policy-0000"
+
+
+def test_a_pruned_version_never_serves_again_and_says_why(many: Registry) -> None:
+    many.prune(1)
+    for move in (many.promote, many.reject):
+        with pytest.raises(
+            (BrokenVersion, IllegalTransition), match="policy-0001 is pruned: its weights were"
+        ):
+            move("policy-0001", actor="test", reason="")
+    with pytest.raises(BrokenVersion, match="pruned"):
+        many.verify("policy-0001")
+
+
+def test_a_prune_that_was_killed_leaves_nothing_to_promote_and_is_finished_by_the_next(
+    many: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(Killed):
+            many.prune(1)
+    assert files_of(many, "policy-0001") == WHOLE
+    with pytest.raises(BrokenVersion, match="pruned"):
+        many.promote("policy-0001", actor="test", reason="")
+    assert many.prune(1) == []
+    assert files_of(many, "policy-0001") == BARE
+
+
+def test_a_version_that_is_promoted_while_its_pruning_begins_is_kept(
+    many: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = many.versions
+
+    def promoted_meanwhile() -> list[Version]:
+        found = versions()
+        many.promote("policy-0001", actor="ann", reason="in between")
+        return found
+
+    monkeypatch.setattr(many, "versions", promoted_meanwhile)
+    assert "policy-0001" not in many.prune(1)
+    assert files_of(many, "policy-0001") == WHOLE

@@ -1,6 +1,7 @@
 """Rounds over a real database: one that waits, one that runs, figures that can be written twice."""
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def test_a_round_from_request_to_end(rounds: Rounds) -> None:
     rounds.stage(asked, "dataset", "done")
     rounds.stage(asked, "ppo", "running")
     assert rounds.get(asked).stage == "ppo"
-    assert rounds.stages(asked) == {"dataset": "done", "ppo": "running"}
+    assert {stage.name: stage.state for stage in rounds.stages(asked)} == {
+        "dataset": "done",
+        "ppo": "running",
+    }
     rounds.finish(asked, "done", version="policy-0001", verdict={"promote": True, "reasons": ["better"]})
     ended = rounds.get(asked)
     assert (ended.state, ended.version) == ("done", "policy-0001")
@@ -56,6 +60,56 @@ def test_the_next_round_starts_where_the_last_one_that_was_done_ended(rounds: Ro
     assert last.cutoff == 10
     assert [item.state for item in rounds.list()] == ["failed", "done"]
     assert rounds.list()[0].error == "out of memory"
+
+
+def test_no_round_goes_on_from_a_repeat(rounds: Rounds) -> None:
+    first = rounds.begin(0, 10, {"a": 1}, 0)
+    rounds.finish(first.id, "done")
+    waiting = rounds.request("ann")
+    again = rounds.begin(0, 10, {"a": 1}, 0, repeat_of=first.id)
+    assert again.id not in (first.id, waiting)
+    assert (again.repeat_of, again.config_hash) == (first.id, first.config_hash)
+    rounds.finish(again.id, "done")
+    last = rounds.last_done()
+    assert last is not None
+    assert last.id == first.id
+    assert [item.id for item in rounds.learned_from(5)] == [first.id]
+    assert rounds.begin(10, 12, {}, 0).id == waiting
+
+
+def test_pins(rounds: Rounds) -> None:
+    numbers = []
+    for i in range(3):
+        numbers.append(rounds.begin(i, i + 1, {}, 0).id)
+        rounds.finish(numbers[-1], "done")
+    assert rounds.pinned() == []
+    rounds.pin(numbers[2])
+    rounds.pin(numbers[0])
+    assert [item.id for item in rounds.pinned()] == [numbers[0], numbers[2]]
+    rounds.pin(numbers[0], False)
+    assert [item.pinned for item in rounds.list()] == [True, False, False]
+    with pytest.raises(UnknownRound, match="no round 99"):
+        rounds.pin(99)
+
+
+def test_a_stage_keeps_its_last_run_s_times_and_what_it_left(rounds: Rounds) -> None:
+    number = rounds.begin(0, 1, {}, 0).id
+    before = time.time()
+    rounds.stage(number, "sft", "running")
+    (killed,) = rounds.stages(number)
+    assert killed.started_at is not None
+    assert (killed.seconds, killed.result) == (None, None)
+    time.sleep(0.05)
+    rounds.stage(number, "sft", "running")
+    time.sleep(0.02)
+    rounds.stage(number, "sft", "done", {"loss": [math.nan, 0.5], "deep": {"high": math.inf, "n": 3}})
+    (ended,) = rounds.stages(number)
+    assert ended.started_at is not None
+    assert ended.started_at >= before + 0.05
+    assert ended.seconds is not None
+    assert 0.02 <= ended.seconds <= time.time() - before - 0.05
+    assert (killed.attempts, ended.attempts) == (1, 2)
+    assert ended.result == {"loss": [None, 0.5], "deep": {"high": None, "n": 3}}
 
 
 def test_one_round_at_a_time(rounds: Rounds) -> None:

@@ -27,8 +27,8 @@ class Slow:
             self.history.append(version)
             self._serve(version)
             return True
-        if action == "rejected" and state in ("candidate", "retired"):
-            self.state[version] = "rejected"
+        if self._may_be_ruled_out(action, version):
+            self.state[version] = action
             return True
         if action == "rolled_back" and self.history:
             for back in range(len(self.history) - 2, -1, -1):
@@ -39,6 +39,13 @@ class Slow:
                     self._serve(version)
                     return True
         return False
+
+    def _may_be_ruled_out(self, action: str, version: str) -> bool:
+        state = self.state.get(version)
+        if action == "pruned":
+            below = [name for name in self.history[:-1] if self.state[name] == "retired"]
+            return state in ("candidate", "retired", "rejected") and [version] != below[-1:]
+        return action == "rejected" and state in ("candidate", "retired")
 
     def _serve(self, version: str) -> None:
         for name, state in self.state.items():
@@ -72,11 +79,11 @@ def test_at_most_one_serves_and_it_is_the_desired_one(moves: list[tuple[str, str
             continue
         serving = [name for name, state in fleet.states.items() if state == "serving"]
         assert serving == ([fleet.serving] if fleet.serving else [])
-        # Once something serves, something always does; and no move brings a rejected version back.
+        # Once something serves, something always does; and no move brings back what was ruled out.
         assert fleet.serving or not before.serving
-        assert all(
-            fleet.states[name] == "rejected" for name, state in before.states.items() if state == "rejected"
-        )
+        for name, state in before.states.items():
+            if state in ("rejected", "pruned"):
+                assert fleet.states[name] in (state, "pruned")
         assert (fleet.desired_sequence == fleet.sequence) == (action in ("promoted", "rolled_back"))
 
 
@@ -101,7 +108,13 @@ def test_rollback_passes_over_a_version_that_was_rejected_since() -> None:
 
 @pytest.mark.parametrize(
     ("action", "says"),
-    [("published", "already"), ("promoted", "serving"), ("rejected", "serving"), ("rolled_back", "before")],
+    [
+        ("published", "already"),
+        ("promoted", "serving"),
+        ("rejected", "serving"),
+        ("rolled_back", "before"),
+        ("pruned", "serves"),
+    ],
 )
 def test_a_refusal_says_why(action: str, says: str) -> None:
     fleet = apply(apply(Fleet(), "published", "policy-0000"), "promoted", "policy-0000")

@@ -118,7 +118,11 @@ class Bench:
                 batch_lines=self.settings.batch_lines,
             ).router(),
             OperatorRoutes(
-                registry=self.registry, rounds=self.rounds, wait_seconds=0.5, poll_seconds=0.02
+                registry=self.registry,
+                rounds=self.rounds,
+                wait_seconds=0.5,
+                round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
+                poll_seconds=0.02,
             ).router(),
         ]
         self.app = assemble(

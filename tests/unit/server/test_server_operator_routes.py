@@ -121,8 +121,27 @@ async def test_replicas_and_rounds(bench: Bench) -> None:
         assert [(item["id"], item["state"]) for item in listed] == [(asked.json()["id"], "running")]
         one = (await http.get(f"/v1/rounds/{round_.id}")).json()
         assert (one["stages"], one["metrics"][0]["value"]) == ({"sft": "running"}, 2.0)
+        assert (one["seconds"], one["results"]) == ({"sft": None}, {"sft": None})
+        bench.rounds.stage(round_.id, "sft", "done", {"demonstrations": 20})
+        one = (await http.get(f"/v1/rounds/{round_.id}")).json()
+        assert one["results"] == {"sft": {"demonstrations": 20}}
+        assert 0 <= one["seconds"]["sft"] < 60
         assert error(await http.get("/v1/rounds/99")) == (404, "not_found")
         assert error(await http.get("/v1/rounds/x"))[0] == 422
+
+
+async def test_the_page_about_a_round_is_the_operators_and_runs_nothing(bench: Bench) -> None:
+    round_ = bench.rounds.begin(0, 5, {}, 1)
+    path = f"/v1/rounds/{round_.id}/report"
+    async with bench.http("operator") as http:
+        found = await http.get(path)
+        assert (found.status_code, found.text) == (200, f"<h1>Round {round_.id}</h1>")
+        assert found.headers["content-type"] == "text/html; charset=utf-8"
+        assert found.headers["content-security-policy"].startswith("default-src 'none'; ")
+        assert error(await http.get("/v1/rounds/99/report")) == (404, "not_found")
+    for who, status in (("client", 403), ("rater", 403), (None, 401)):
+        async with bench.http(who) as http:
+            assert (await http.get(path)).status_code == status
 
 
 async def test_figures_are_in_prometheus_format(bench: Bench) -> None:

@@ -1,0 +1,152 @@
+"""A round's report: what it learned, measured and decided, from what the store has, also while it runs.
+
+Owns the choice and the order of what is shown; how it looks is `evaluation.report`'s.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from evaluation.report import Report, Response, Series
+from registry.round_record import RoundRecord
+from registry.rounds import Metric
+
+PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Reward of the episodes", "score", ("objective/scores", "objective/rlhf_reward")),
+    ("Gold reward of the episodes, never trained on", "score", ("objective/gold", "gold/score")),
+    ("KL from the reference policy", "nats a response", ("objective/kl",)),
+    ("Entropy of the responses", "nats a response", ("objective/entropy",)),
+    ("Length of the responses", "tokens", ("response/length",)),
+    ("Share of responses that end by themselves", "share", ("response/ended",)),
+    ("Share of clipped ratios and values", "share", ("policy/clipfrac_avg", "val/clipfrac_avg")),
+    ("Variance of the returns that the values explain", "share", ("val/explained_variance",)),
+    ("Value loss", "loss", ("loss/value_avg",)),
+    ("Policy loss", "loss", ("loss/policy_avg",)),
+    ("Distance of the engine's logprobs from the trainer's", "nats", ("rollout/logprob_gap",)),
+    ("Loss", "loss", ("loss",)),
+    ("Share of pairs ranked as people did", "share", ("accuracy",)),
+)
+"""(caption, unit, names): what is plotted by itself, for each stage that has it; the rest is in a grid."""
+
+_INTERVAL = ("estimate", "low", "high")
+
+Samples = Sequence[Mapping[str, Any]]
+
+
+def round_report(record: RoundRecord, samples: Samples) -> Report:
+    """Make the report of one round; `samples` are the lines of its `training.samples.SampleLog`."""
+    round_ = record.round
+    report = Report(f"Round {round_.id}", _summary(record))
+    _add_outcome(report, record)
+    _add_stages(report, record)
+    _add_figures(report, record.metrics)
+    _add_samples(report, samples)
+    report.heading("Configuration")
+    for section, values in _sections(round_.config):
+        report.table(["setting", "value"], [(key, str(value)) for key, value in values.items()], section)
+    return report
+
+
+def _summary(record: RoundRecord) -> str:
+    round_ = record.round
+    text = f"It is {round_.state}"
+    if round_.state == "running" and round_.stage is not None:
+        text += f", in the stage {round_.stage}"
+    if round_.cutoff is not None:
+        text += f". It learns from the events {round_.cursor}..{round_.cutoff}, with seed {round_.seed}"
+    if round_.repeat_of is not None:
+        text += f". It repeats round {round_.repeat_of}"
+    if round_.version is not None:
+        text += f". It made {round_.version}"
+    return text + "."
+
+
+def _add_outcome(report: Report, record: RoundRecord) -> None:
+    verdict = record.round.verdict
+    if record.round.error is not None:
+        report.heading("Why it failed")
+        report.items(record.round.error.splitlines())
+    if verdict is not None:
+        report.heading("Verdict")
+        report.paragraph("To be promoted." if verdict.get("promote") else "Not to be promoted.")
+        report.items([str(reason) for reason in verdict.get("reasons", [])])
+
+
+def _add_stages(report: Report, record: RoundRecord) -> None:
+    if not record.stages:
+        return
+    report.heading("Stages")
+    names = [stage.name for stage in record.stages]
+    rows: list[tuple[str, str, float | None]] = [(s.name, s.state, s.seconds) for s in record.stages]
+    report.table(["stage", "state", "seconds"], [*rows, ("all", record.round.state, record.seconds)])
+    if any(stage.seconds for stage in record.stages):
+        seconds = [stage.seconds or 0.0 for stage in record.stages]
+        report.bars("Where the time went", names, {"seconds": seconds}, x_label="seconds")
+    with report.side_by_side():
+        for stage in record.stages:
+            # The gate's result is the verdict.
+            if stage.result and stage.name != "gate":
+                report.table(["result", "value"], _flat(stage.result), caption=stage.name)
+
+
+def _add_figures(report: Report, metrics: Sequence[Metric]) -> None:
+    shown: set[tuple[str, str]] = set()
+    stages = list(dict.fromkeys(metric.stage for metric in metrics))
+    points: dict[tuple[str, str], dict[int, float | None]] = {}
+    for metric in metrics:
+        points.setdefault((metric.stage, metric.name), {})[metric.step] = metric.value
+    for stage in stages:
+        plots = []
+        for caption, unit, names in PLOTS:
+            series = [
+                _series(name, points[stage, name]) for name in names if len(points.get((stage, name), ())) > 1
+            ]
+            if series:
+                plots.append((caption, unit, series))
+                shown |= {(stage, line.label) for line in series}
+        if plots:
+            report.heading(f"{stage}, by step")
+            with report.side_by_side():
+                for caption, unit, series in plots:
+                    report.lines(caption, series, x_label="step", y_label=unit)
+    rest = [metric for metric in metrics if (metric.stage, metric.name) not in shown]
+    if rest:
+        report.heading("Other figures")
+        report.metrics(rest)
+
+
+def _series(name: str, points: Mapping[int, float | None]) -> Series:
+    steps = sorted(points)
+    return Series(name, steps, [points[step] for step in steps])
+
+
+def _add_samples(report: Report, samples: Samples) -> None:
+    if not samples:
+        return
+    report.heading("Sample responses")
+    report.paragraph("Beside each response the score that was maximised; nobody chose these.")
+    for update, lines in groupby(samples, key=lambda line: line["update"]):
+        rows = [
+            (str(line["prompt"]), [Response(str(line["response"])), Response(f"{line['score']:.3f}")])
+            for line in lines
+        ]
+        report.samples([f"update {update}", "score"], rows)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and set(_INTERVAL) <= value.keys():
+            numbers = ["–" if value[name] is None else f"{value[name]:.3f}" for name in _INTERVAL]
+            rows.append((f"{prefix}{key}", "{} [{}, {}]".format(*numbers)))
+        elif isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key} ")
+        else:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value))
+    return rows
+
+
+def _sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Yield what stands beside the sections first, then each section."""
+    yield "round", {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    yield from ((key, value) for key, value in config.items() if isinstance(value, Mapping))

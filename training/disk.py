@@ -1,0 +1,56 @@
+"""What a round takes of the disk, and what is kept of it.
+
+Owns the estimate that a round is refused on, and the deletion of a round's files; which rounds are kept is
+decided by `training/trainer.py`.
+"""
+
+import math
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from safetensors import safe_open
+
+from training.round import MODELS, RoundRefused
+from training.trackers import TRACKING
+
+WEIGHTS_A_ROUND = 22
+"""How many times the policy's bfloat16 weights a round may have on disk: 18.2 as measured, a fifth to spare.
+
+Two PPO checkpoints in float32 with Adam's moments while one replaces the other (12), two reward models in
+float32 (4), the SFT policy and the rollouts' (2)."""
+
+
+def tidy(root: Path, keep_models: Collection[int | None]) -> None:
+    """Delete the working files of all rounds below `root`, and the models of those not in `keep_models`.
+
+    No round may be running. Results and samples, which are small, stay; so does what trackers wrote.
+    """
+    for directory in root.glob("[0-9]*"):
+        kept = {TRACKING, *(MODELS if int(directory.name) in keep_models else ())}
+        for path in directory.iterdir():
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path)
+
+
+def check_space(root: Path, parent: Path) -> None:
+    """Raise RoundRefused where there is too little free space below `root` for a round.
+
+    `parent` is the directory of the version that it starts from.
+    """
+    needed = WEIGHTS_A_ROUND * 2 * _parameters(parent)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise RoundRefused(
+            f"a round from {parent.name} takes up to {needed / 2**30:.1f} GiB of disk and {root} has "
+            f"{free / 2**30:.1f} GiB free: free some, or lower training.keep_rounds and keep_versions"
+        )
+
+
+def _parameters(directory: Path) -> int:
+    """How many weights the checkpoint holds."""
+    count = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
