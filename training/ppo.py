@@ -67,8 +67,8 @@ class Episodes:
 class Critic(nn.Module):  # type: ignore[misc]
     """V(x, y_<t): a value head on the reward model's trunk, which stays as it was fitted.
 
-    The head starts as the reward model's own, so that the first values are the scores of what is written so
-    far (Ouyang et al. 2022, appendix C.4: the value function is initialised from the reward model).
+    The head starts as the mean of the reward model's own, so that the first values are the scores of what is
+    written so far (Ouyang et al. 2022, appendix C.4: the value function starts from the reward model).
     """
 
     base_model_prefix = "backbone"
@@ -78,8 +78,10 @@ class Critic(nn.Module):  # type: ignore[misc]
         self.backbone = reward_model.backbone
         self.score = nn.Linear(reward_model.head.in_features, 1, device=DEVICE)
         with torch.no_grad():
-            self.score.weight.copy_(reward_model.head.weight / reward_model.scale)
-            self.score.bias.copy_((reward_model.head.bias - reward_model.offset) / reward_model.scale)
+            weight = reward_model.head.weight / reward_model.scale[:, None]
+            bias = (reward_model.head.bias - reward_model.offset) / reward_model.scale
+            self.score.weight.copy_(weight.mean(0, keepdim=True))
+            self.score.bias.copy_(bias.mean())
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of hidden states (…, D) -> (…)."""
@@ -270,7 +272,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             for place, b in enumerate(rows):
                 episodes.features[b, : int(episodes.mask[b].sum())] = hidden[place, column[row == place]]
             row, last = packed.last_tokens()
-            scores[rows] = self.reward_model.score(hidden[row, last])
+            scores[rows] = self.reward_model.reward(hidden[row, last], self._settings.reward_spread_penalty)
         unended = torch.tensor([sample.finish_reason != "stop" for sample in episodes.samples], device=DEVICE)
         return scores - self.args.missing_eos_penalty * unended
 

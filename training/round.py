@@ -17,17 +17,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
-from evaluation.reward_model import RewardModel
+from evaluation.reward_model import RewardModel, scores_and_spreads
 from evaluation.sampler import Sampler
 from evaluation.settings import EvaluationSettings
-from feedback.store import Store
+from feedback.records import Completion
+from feedback.store import ResponseScore, Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
-from training.dataset import Dataset, Side, build
+from training.dataset import Dataset, Side, build, responses_of, with_older
 from training.logprobs import total_logprobs
 from training.ppo import PPO
 from training.progress import Progress
-from training.reward_model import accuracy_by_source, fit
+from training.reward_model import check_backbone, fit
+from training.reward_quality import measure
 from training.rollouts import Rollouts, load_policy, write_checkpoint
 from training.settings import TrainingSettings
 from training.sft import fine_tune
@@ -115,6 +117,11 @@ class RoundRun:
                     f"only {judged} usable rankings, thumbs and ratings on the {name} prompts, "
                     f"at least {self._settings.minimum_judged} are needed: collect more feedback"
                 )
+        if self._settings.reward_backbone:
+            try:
+                check_backbone(self._settings.reward_backbone, self._tokenizer)
+            except (ValueError, OSError) as problem:
+                raise RoundRefused(f"reward_backbone: {problem}") from problem
         return {
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
@@ -144,17 +151,20 @@ class RoundRun:
         return {"demonstrations": len(demonstrations)}
 
     def _reward_model(self) -> Result:
-        """Fit the reward model that PPO maximises, on the training prompts."""
+        """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
-        model = self._fit(self._dataset.train, "reward_model", start)
-        return self._accuracy(model, "reward_model", self._dataset.held_out)
+        side, new = self._with_older(), self._dataset.train
+        model = self._fit(side, "reward_model", start)
+        self._score_for_queries(model)
+        older = len(side.comparisons) + len(side.judgements) - len(new.comparisons) - len(new.judgements)
+        return {"older": older, **self._quality(model, "reward_model", self._dataset.held_out)}
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""
         model = self._fit(self._dataset.held_out, "judge", None)
         # The other side's pairs are new to this one.
-        return self._accuracy(model, "judge", self._dataset.train)
+        return self._quality(model, "judge", self._dataset.train)
 
     def _ppo(self) -> Result:
         policy = load_policy(self._directory / "sft")
@@ -255,34 +265,55 @@ class RoundRun:
             self._store.slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings
         )
 
+    def _with_older(self) -> Side:
+        cursor, cutoff = self._round.cursor, self._round.cutoff
+        assert cursor is not None and cutoff is not None
+        older = self._store.slice(0, cursor, as_of=cutoff)
+        return with_older(self._dataset.train, older, self._tokenizer, self._settings)
+
+    def _score_for_queries(self, model: RewardModel) -> None:
+        """Let the store know how sure the reward model is of recorded responses: raters are asked by that."""
+        assert self._round.cursor is not None and self._round.cutoff is not None
+        limit = self._settings.reward_query_completions
+        judged = self._store.slice(self._round.cursor, self._round.cutoff).completions.values()
+        latest = sorted((part for parts in judged for part in parts), key=lambda part: -part.created_at)
+        asked: list[Completion] = [*self._store.unjudged(limit), *latest[:limit]]
+        found = responses_of(asked, self._tokenizer, self._settings)
+        items = [(prompt.token_ids, [ids for _, ids in responses]) for prompt, responses in found]
+        scored = [
+            ResponseScore(completion.id, index, completion.part, score, spread)
+            for completion, (_, responses), (scores, spreads) in zip(
+                asked, found, scores_and_spreads(model, items), strict=True
+            )
+            for (index, _), score, spread in zip(responses, scores, spreads, strict=True)
+        ]
+        self._store.replace_scores(self._round.id, scored)
+
     @cached_property
     def _engine(self) -> Sampler:
         self._sampler = self._make_sampler(self._parent.path, self._settings)
         return self._sampler
 
     def _fit(self, side: Side, name: str, start: Path | None) -> RewardModel:
-        # As in InstructGPT, a first reward model starts from the SFT policy, with a new head.
-        model = RewardModel.load(start) if start else RewardModel.from_decoder(self._directory / "sft")
+        heads = self._settings.reward_heads
+        if start is not None:
+            model = RewardModel.load(start)
+            if model.heads != heads:
+                model = RewardModel(model.backbone, heads)
+        else:
+            # As in InstructGPT, a first reward model starts from the SFT policy, with new heads.
+            source = self._settings.reward_backbone or self._directory / "sft"
+            model = RewardModel.from_decoder(source, heads)
         with self._progress(name) as report:
             fit(model, side, self._settings, report)
         model.save(self._directory / name)
         return model
 
-    def _accuracy(self, model: RewardModel, stage: str, unseen: Side) -> Result:
-        """Keep and return how often `model` is right on pairs of prompts that it was not fitted to."""
-        accuracy = accuracy_by_source(model, unseen.comparisons, self._settings.seed)
-        figures = {
-            f"held_out_accuracy/{source}/{name}": interval.estimate
-            for source, by_name in accuracy.items()
-            for name, interval in by_name.items()
-        }
-        self._rounds.metric(self._round.id, stage, 0, figures)
-        return {
-            "held_out_accuracy": {
-                source: {name: interval.figures() for name, interval in by_name.items()}
-                for source, by_name in accuracy.items()
-            }
-        }
+    def _quality(self, model: RewardModel, stage: str, unseen: Side) -> Result:
+        """Keep and return how good `model` is on rankings of prompts that it was not fitted to."""
+        quality = measure(model, unseen.comparisons, self._settings.seed)
+        self._rounds.metric(self._round.id, stage, 0, quality.metrics())
+        return quality.figures()
 
     def _progress(self, stage: str) -> Progress:
         return Progress(

@@ -127,7 +127,10 @@ class Trainer:
         config = {
             "parent": desired.name,
             "reward_model_from": last.id
-            if last and previous and (previous / "head.safetensors").exists()
+            if last
+            and previous
+            and (previous / "head.safetensors").exists()
+            and last.config["training"].get("reward_backbone", "") == self._settings.reward_backbone
             else None,
             "training": self._settings.model_dump(mode="json"),
             "evaluation": self._evaluation.model_dump(mode="json"),

@@ -135,10 +135,10 @@ def test_the_end_token_is_part_of_the_episode(model_dir: Path, tmp_path: Path) -
 
 def test_the_critic_starts_as_the_reward_model(model_dir: Path) -> None:
     torch.manual_seed(0)
-    reward_model = RewardModel.from_decoder(model_dir)
+    reward_model = RewardModel.from_decoder(model_dir, heads=2)
     torch.nn.init.normal_(reward_model.head.weight)
-    reward_model.offset.fill_(0.3)
-    reward_model.scale.fill_(2.5)
+    reward_model.offset.copy_(torch.tensor([0.3, -0.1]))
+    reward_model.scale.copy_(torch.tensor([2.5, 0.7]))
     features = torch.randn(5, 128)
     assert torch.allclose(Critic(reward_model)(features), reward_model.score(features), atol=1e-5)
 
