@@ -37,6 +37,8 @@ Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with the step, the number of steps and the step's figures."""
 
 TOKENS_A_PASS = 1024
+STANDARD_ITEMS = 256
+"""Of so many items the scores' mean and deviation are known well enough."""
 
 
 def check_backbone(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -187,10 +189,11 @@ def _standardise(model: RewardModel, items: Sequence[Item], side: Side) -> None:
 
     Zero is the mean score of the side's demonstrations (Ouyang et al. 2022, section 3.5), else of its items.
     """
-    scores = torch.cat(head_scores_of_responses(model, [_packable(item) for item in items]))  # (N, H)
+    chosen = random.Random(0).sample(items, min(STANDARD_ITEMS, len(items)))
+    scores = torch.cat(head_scores_of_responses(model, [_packable(item) for item in chosen]))
     scale = scores.std(0).clamp(min=1e-3)
     scale = scale * (scores / scale).mean(-1).std().clamp(min=1e-3)
-    written = [(item.prompt.token_ids, [item.response]) for item in side.demonstrations]
+    written = [(item.prompt.token_ids, [item.response]) for item in side.demonstrations[:STANDARD_ITEMS]]
     zero = torch.cat(head_scores_of_responses(model, written)) if written else scores
     model.offset.copy_(zero.mean(0))
     model.scale.copy_(scale)

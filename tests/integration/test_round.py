@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.feedback_samples import entry
-from unit.training.tiny import END, WORDS, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from unit.training.tiny import END, WORDS, TransformersSampler, tiny_model, tiny_tokenizer
 
+from evaluation.settings import EvaluationSettings
 from feedback.events import FEEDBACK, Event
 from feedback.records import Choice, Completion
 from feedback.store import Store
@@ -22,6 +26,8 @@ from instructloop.database import connect, migrate
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training.round import STAGES
+from training.settings import TrainingSettings
+from training.trainer import Trainer
 
 SETTINGS = {
     "SERVER__MAX_MODEL_LEN": "128",
@@ -180,6 +186,9 @@ def test_a_round_killed_in_every_stage_ends_like_an_unbroken_one(tmp_path: Path)
         # A ranking that says "more w7" is easy: the reward model has to have learned it.
         accuracy = manifest.details["stages"]["reward_model"]["held_out_accuracy"]["serving"]["model"]
         assert accuracy["low"] > 0.7
+        asked = installation.store.queries(100)
+        assert len(asked) == 40
+        assert [query.spread for query in asked] == sorted((q.spread for q in asked), reverse=True)
         assert not (installation.directory / "rounds" / "0001" / "ppo").exists()
     assert _weights(broken, "policy-0001") == _weights(unbroken, "policy-0001")
     assert ended.verdict == expected.verdict
@@ -198,6 +207,60 @@ def test_a_round_says_why_it_failed_and_its_events_stay_for_the_next(installatio
     assert round_.error.startswith("dataset: only ")
     assert [version.name for version in installation.registry.versions()] == ["policy-0000"]
     assert installation.rounds.last_done() is None
+
+
+def test_a_second_round_starts_from_the_first_ones_reward_model_and_a_share_of_its_data(
+    installation: Installation,
+) -> None:
+    def train(**changes: object) -> Mapping[str, Any]:
+        settings = TrainingSettings(
+            minimum_judged=4, ppo_updates=1, ppo_batch=4, ppo_response_tokens=4, **changes
+        )
+        round_ = Trainer(
+            settings=settings,
+            evaluation=EvaluationSettings(max_tokens=4, samples_per_prompt=1),
+            store=installation.store,
+            registry=installation.registry,
+            rounds=installation.rounds,
+            data_dir=installation.directory,
+            max_model_len=128,
+            make_sampler=lambda model_dir, _: TransformersSampler(model_dir),
+        ).run_once()
+        assert round_ is not None
+        assert round_.state == "done", round_.error
+        stages = installation.registry.version(round_.version or "").manifest.details["stages"]
+        return {"from": round_.config["reward_model_from"], **stages["reward_model"], **stages["dataset"]}
+
+    installation.give_feedback(seed=4)
+    first = train(reward_heads=2)
+    assert (first["from"], first["older"]) == (None, 0)
+    installation.give_feedback(seed=5)
+    second = train(reward_heads=3, reward_older_share=0.5, keep_rounds=1)
+    assert second["from"] == 1
+    assert 0.7 < second["older"] / (second["train"]["comparisons"] + second["train"]["judgements"]) <= 1
+    heads = load_file(installation.directory / "rounds" / "0002" / "reward_model" / "head.safetensors")
+    assert heads["head.weight"].shape == (3, 128)
+    assert {query.round_id for query in installation.store.queries(100)} == {2}
+    # Another trunk than the last round's: the last reward model is no start for it.
+    installation.give_feedback(seed=6)
+    other = tiny_model(installation.directory / "other", seed=3)
+    third = train(reward_backbone=str(other))
+    assert third["from"] is None
+
+
+def test_a_reward_backbone_with_another_vocabulary_is_refused_at_once(
+    installation: Installation, tmp_path: Path
+) -> None:
+    installation.give_feedback(seed=7)
+    other = tiny_model(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    swapped = tokenizer.backend_tokenizer.to_str().replace('"w1":', '"w99":')
+    (other / "tokenizer.json").write_text(swapped)
+    assert installation.start(TRAINING__REWARD_BACKBONE=str(other)).wait(timeout=60) == 1
+    (round_,) = installation.rounds.list()
+    assert round_.error is not None
+    assert round_.error.startswith("dataset: reward_backbone: ")
+    assert "vocabulary" in round_.error
 
 
 def test_only_one_trainer_works_at_a_time(installation: Installation) -> None:
