@@ -129,9 +129,7 @@ def fit(model: RewardModel, side: Side, settings: TrainingSettings, report: Repo
         weight_decay=0.0,
         fused=True,
     )
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, max(1, steps // 10), steps, min_lr_rate=0.1
-    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
     shuffle = random.Random(settings.seed)
     order = list(range(len(items)))
     model.train()
