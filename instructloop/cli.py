@@ -39,9 +39,12 @@ _EXPECTED = (
     ("registry.states", "IllegalTransition"),
     ("server.app", "NothingToServe"),
     ("sqlalchemy.exc", "OperationalError"),
+    ("training.algorithms", "NothingToLearnFrom"),
+    ("training.compare", "ComparisonProblem"),
     ("training.round", "RoundRefused"),
     ("training.trainer", "TrainerBusy"),
 )
+_ALGORITHMS = ("ppo", "rloo", "dpo", "kto")
 _UNIT_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -79,6 +82,19 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNIT_SECONDS[match[2]]
 
 
+def _algorithms(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in _ALGORITHMS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(_ALGORITHMS)}")
+    return list(dict.fromkeys(names))
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 # -- parsing
 
 
@@ -103,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(add("train", _train, "run training rounds"))
     _add_versions(add)
     add("rounds", _rounds, "list the training rounds")
+    _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
     _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
@@ -135,6 +152,33 @@ def _add_versions(add: Callable[..., argparse.ArgumentParser]) -> None:
         parser.add_argument("version", help="its name, such as policy-0003")
     for parser in (promote, reject, rollback):
         parser.add_argument("--reason", default="", help="written to the log")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--algorithms",
+        type=_algorithms,
+        default=list(_ALGORITHMS),
+        metavar="NAMES",
+        help=f"of {','.join(_ALGORITHMS)} (default: all)",
+    )
+    parser.add_argument(
+        "--round",
+        type=int,
+        metavar="N",
+        help="on its feedback (default: the last round's, else all feedback)",
+    )
+    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs of each (default: 3)")
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default=600.0,
+        metavar="TIME",
+        help="compute of each run: CPU time, or time on a GPU (default: 10m)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("algorithm-comparison"), help="directory of the report"
+    )
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +244,24 @@ def _train(arguments: argparse.Namespace) -> int:
         _exit_on_terminate()
         return parts.train_once(config, minimum_events=arguments.min_events or 0)
     return parts.train_every(config, arguments.every, minimum, _stop_on_signals(interrupt=True))
+
+
+def _compare_algorithms(arguments: argparse.Namespace) -> int:
+    from instructloop import parts
+
+    _log_to_stderr()
+    _exit_on_terminate()
+    rows = parts.compare_algorithms(
+        _config(arguments),
+        algorithms=arguments.algorithms,
+        round_id=arguments.round,
+        seeds=arguments.seeds,
+        budget_seconds=arguments.budget,
+        output=arguments.output,
+    )
+    _print_table(rows)
+    print(f"the report is {arguments.output / 'comparison.html'}", file=sys.stderr)
+    return 0
 
 
 def _versions(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from instructloop import installation
@@ -82,6 +82,38 @@ def train_every(config: Config, seconds: float, minimum_events: int, stop: threa
     """Run rounds until `stop`; a request over HTTP starts one at once."""
     _trainer(config).run_every(seconds, minimum_events, stop)
     return 0
+
+
+def compare_algorithms(
+    config: Config,
+    *,
+    algorithms: Sequence[str],
+    round_id: int | None,
+    seeds: int,
+    budget_seconds: float,
+    output: Path,
+) -> Sequence[Sequence[str]]:
+    """Train by several algorithms on one slice, write the report to `output` and return its table."""
+    from feedback.store import Store
+    from registry.rounds import Rounds
+    from training import compare
+    from training.trainer import sampler_factory
+
+    engine = installation.open_database(config)
+    store, registry = Store(engine, config.store.waiting_hours), installation.open_registry(config, engine)
+    run = compare.ComparisonRun(
+        compare.slice_to_compare(store, registry, Rounds(engine), round_id),
+        output,
+        training=config.training,
+        evaluation=config.evaluation,
+        budget=compare.Budget(budget_seconds),
+        store=store,
+        registry=registry,
+        make_sampler=sampler_factory(config.server.max_model_len),
+    )
+    compared = run.compare(algorithms, range(config.training.seed, config.training.seed + seeds))
+    compare.write(compared, output)
+    return compare.table(compared)
 
 
 async def import_feedback(config: Config, file: Path, source: str) -> int:

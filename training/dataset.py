@@ -66,6 +66,10 @@ class Side:
     demonstrations: list[Demonstration] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
 
+    def sorted_prompts(self) -> list[Prompt]:
+        """Return the prompts in the order of their hashes: the same whatever else is asked."""
+        return sorted(self.prompts.values(), key=lambda prompt: prompt.key)
+
     def counts(self) -> dict[str, int]:
         """How many of each kind there are."""
         return {

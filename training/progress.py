@@ -4,8 +4,10 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -39,3 +41,15 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable and (step == steps or step % max(1, steps // 10) == 0):
             logger.info("%s: step %d of %d, %s", self._stage, step, steps, shown)
+
+
+class ReportedLogs(TrainerCallback):  # type: ignore[misc]
+    """Hands the figures that a Transformers trainer logs on to a `training.reward_model.Report`."""
+
+    def __init__(self, report: Callable[[int, int, Mapping[str, float]], None]) -> None:
+        self._report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report the figures of a step; the closing summary is none."""
+        if logs and "train_runtime" not in logs:
+            self._report(state.global_step, state.max_steps, logs)

@@ -2,40 +2,45 @@
 
 Owns the order of the stages, their files and their resumption. A stage that has ended has left
 `<stage>.json` in the round's directory and is not run again; one that was killed starts over (PPO from its
-last checkpoint), on the same data with the same seeds. What happens inside a stage is in its own module; when
+last checkpoint), on the same data with the same seeds. The stage `ppo` is that of the configured algorithm,
+whichever it is. What happens inside a stage is in its own module; when
 a round is due is `training/trainer.py`'s.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
-from evaluation.reward_model import RewardModel, scores_and_spreads
-from evaluation.sampler import Sampler
+from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
+from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
 from feedback.records import Completion
 from feedback.store import ResponseScore, Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
+from training.algorithms import Task, train
 from training.dataset import Dataset, Side, build, responses_of, with_older
 from training.logprobs import total_logprobs
-from training.ppo import PPO
+from training.policy import load_policy, write_checkpoint
+from training.pretraining import PretrainingTexts, read_prompts
 from training.progress import Progress
-from training.reward_model import check_backbone, fit
+from training.reward_model import Report, check_backbone, fit
 from training.reward_quality import measure
-from training.rollouts import Rollouts, load_policy, write_checkpoint
+from training.rollouts import Rollouts
 from training.settings import TrainingSettings
-from training.sft import fine_tune
+from training.sft import checkpoint_epochs, fine_tune
 
-STAGES = ("dataset", "sft", "reward_model", "judge", "ppo", "publish", "gate")
-WORKING_FILES = ("sft", "sft_work", "ppo", "candidate", "rollout")
+STAGES = ("dataset", "sft", "reward_model", "judge", "select", "ppo", "publish", "gate")
+WORKING_FILES = ("sft", "sft_epochs", "sft_work", "ppo", "candidate", "rollout")
 """What a round needs no more once its candidate is published."""
 
 Result = Mapping[str, Any]
@@ -76,21 +81,30 @@ class RoundRun:
 
     def run(self) -> tuple[Result, str]:
         """Run the stages that are left; return the verdict and the candidate's name."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(self._settings.threads or torch.get_num_threads())
         try:
-            self._stage("dataset", self._describe_dataset)
-            self._stage("sft", self._sft)
-            self._stage("reward_model", self._reward_model)
-            self._stage("judge", self._judge)
+            self._prepare()
             self._stage("ppo", self._ppo)
             version = self._stage("publish", self._publish)["version"]
             verdict = self._stage("gate", lambda: self._gate(version))
         finally:
-            if self._sampler is not None:
-                self._sampler.close()
+            self._close()
         self._act(version, verdict)
         return verdict, version
+
+    def _prepare(self) -> None:
+        """Run the stages up to the SFT policy and the reward models, as far as they are left."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(self._settings.threads or torch.get_num_threads())
+        self._stage("dataset", self._describe_dataset)
+        self._stage("sft", self._sft)
+        self._stage("reward_model", self._reward_model)
+        self._stage("judge", self._judge)
+        self._stage("select", self._select)
+
+    def _close(self) -> None:
+        """End the engine, if it was started."""
+        if self._sampler is not None:
+            self._sampler.close()
 
     def _stage(self, name: str, run: Callable[[], Result]) -> Result:
         """Return what stage `name` left behind, after running it if it has not ended yet."""
@@ -130,7 +144,7 @@ class RoundRun:
 
     def _sft(self) -> Result:
         """Fine-tune the version in service on what people wrote, where they wrote enough."""
-        target = self._directory / "sft"
+        target, checkpoints = self._directory / "sft", self._directory / "sft_epochs"
         demonstrations = self._dataset.train.demonstrations
         if len(demonstrations) < self._settings.sft_minimum:
             model = load_policy(self._parent.path)
@@ -138,6 +152,14 @@ class RoundRun:
             return {
                 "skipped": f"{len(demonstrations)} demonstrations, {self._settings.sft_minimum} are needed"
             }
+        kept = checkpoint_epochs(self._settings.sft_epochs, self._settings.sft_checkpoints)
+        epochs: list[dict[str, Any]] = []
+
+        def epoch_end(epoch: int, loss: float, policy: PreTrainedModel) -> None:
+            epochs.append({"epoch": epoch, "loss": loss, "kept": epoch in kept})
+            if epoch in kept:
+                write_checkpoint(policy, self._tokenizer, checkpoints / str(epoch))
+
         with self._progress("sft") as report:
             model = fine_tune(
                 self._parent.path,
@@ -146,9 +168,10 @@ class RoundRun:
                 settings=self._settings,
                 work=self._directory / "sft_work",
                 report=report,
+                epoch_end=epoch_end,
             )
         write_checkpoint(model, self._tokenizer, target)
-        return {"demonstrations": len(demonstrations)}
+        return {"demonstrations": len(demonstrations), "epochs": epochs}
 
     def _reward_model(self) -> Result:
         """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
@@ -166,35 +189,45 @@ class RoundRun:
         # The other side's pairs are new to this one.
         return self._quality(model, "judge", self._dataset.train)
 
+    def _select(self) -> Result:
+        """Let the reward model choose among SFT's checkpoints: the one whose answers score highest.
+
+        By validation loss it would be an early one, though people prefer later ones (Ouyang et al. 2022,
+        section 3.5). Of equal ones the earliest is taken, as it is nearest to the version in service.
+        """
+        sft = self._result("sft")
+        candidates = [item for item in sft.get("epochs", ()) if item["kept"]]
+        prompts = self._dataset.train.sorted_prompts()[: self._settings.sft_selection_prompts]
+        if "skipped" in sft:
+            return {"skipped": "there was no SFT"}
+        if len(candidates) < 2 or len(prompts) < 2:
+            return {"skipped": "it takes two checkpoints and two prompts to choose"}
+        model = RewardModel.load(self._directory / "reward_model")
+        scored = []
+        for item in candidates:
+            checkpoint = self._directory / "sft_epochs" / str(item["epoch"])
+            samples = answers(self._engine, checkpoint, prompts, self._evaluation, self._settings.seed)
+            score = _mean_score(model, prompts, samples, self._evaluation)
+            scored.append({"epoch": item["epoch"], "loss": item["loss"], "score": score.figures()})
+            figures = {"score": score.estimate, "score/low": score.low, "score/high": score.high}
+            self._rounds.metric(self._round.id, "select", item["epoch"], figures | {"loss": item["loss"]})
+        chosen = max(scored, key=lambda item: item["score"]["estimate"])["epoch"]
+        _replace(self._directory / "sft_epochs" / str(chosen), self._directory / "sft")
+        return {"epoch": chosen, "epochs": scored}
+
     def _ppo(self) -> Result:
-        policy = load_policy(self._directory / "sft")
-        rollouts = Rollouts(
-            self._engine,
-            self._tokenizer,
-            self._directory / "rollout",
-            max_tokens=self._settings.ppo_response_tokens,
-            temperature=self._settings.ppo_temperature,
-        )
+        """Train the policy by the configured algorithm."""
         with self._progress("ppo") as report:
-            PPO(
-                policy=policy,
-                tokenizer=self._tokenizer,
-                reward_model=RewardModel.load(self._directory / "reward_model"),
-                prompts=sorted(self._dataset.train.prompts.values(), key=lambda prompt: prompt.key),
-                rollouts=rollouts,
-                settings=self._settings,
-                work=self._directory / "ppo",
-                report=report,
-            ).train()
+            policy, details = train(self._task(self._settings, self._directory / "ppo", report))
         write_checkpoint(policy, self._tokenizer, self._directory / "candidate")
-        return {"updates": self._settings.ppo_updates}
+        return {"algorithm": self._settings.algorithm, **details}
 
     def _publish(self) -> Result:
         version = self._registry.publish(
             self._directory / "candidate",
             parent=self._parent.name,
             round_id=self._round.id,
-            kind="ppo",
+            kind=self._settings.algorithm,
             details={
                 "base": self._parent.manifest.details.get("base", self._parent.name),
                 "slice": [self._round.cursor, self._round.cutoff],
@@ -212,34 +245,14 @@ class RoundRun:
             desired.name if desired and desired.name != name else self._parent.name
         )
         candidate = self._registry.version(name)
-        prompts = sorted(self._dataset.held_out.prompts.values(), key=lambda prompt: prompt.key)
-        prompts = prompts[: self._evaluation.prompts]
+        prompts = self._dataset.held_out.sorted_prompts()[: self._evaluation.prompts]
         seed = self._settings.seed
         ours = answers(self._engine, candidate.path, prompts, self._evaluation, seed)
         theirs = answers(self._engine, incumbent.path, prompts, self._evaluation, seed)
         comparisons = compare(RewardModel.load(self._directory / "judge"), prompts, ours, theirs)
-        kl = self._kl(prompts, ours, incumbent.path)
+        kl = kl_from(load_policy(incumbent.path), prompts, ours, self._evaluation.temperature)
         verdict = decide(gather(comparisons, kl, self._evaluation, seed=seed), self._evaluation)
         return {**verdict.as_dict(), "incumbent": incumbent.name}
-
-    def _kl(self, prompts: list[Prompt], ours: list[list[Any]], incumbent: Path) -> float:
-        """Mean over the candidate's answers of log pi_candidate - log pi_incumbent, in nats a response.
-
-        Both at the answers' sampling temperature, where the mean estimates KL(candidate || incumbent).
-        """
-        model = load_policy(incumbent)
-        pairs = [
-            (prompt.token_ids, sample)
-            for prompt, samples in zip(prompts, ours, strict=True)
-            for sample in samples
-        ]
-        under_incumbent = total_logprobs(
-            model, [(prompt, sample.token_ids) for prompt, sample in pairs], self._evaluation.temperature
-        )
-        gaps = [
-            sum(sample.logprobs) - theirs for (_, sample), theirs in zip(pairs, under_incumbent, strict=True)
-        ]
-        return float(sum(gaps) / len(gaps))
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing."""
@@ -253,6 +266,34 @@ class RoundRun:
             self._registry.reject(version, actor=actor, reason=reason)
 
     # -- what the stages share
+
+    def _task(
+        self, settings: TrainingSettings, work: Path, report: Report, updates: int | None = None
+    ) -> Task:
+        prompts, texts = self._dataset.train.sorted_prompts(), None
+        if settings.ppo_prompt_file:
+            prompts += read_prompts(Path(settings.ppo_prompt_file), self._tokenizer, settings.prompt_tokens)
+        if settings.ppo_ptx_file:
+            texts = PretrainingTexts(Path(settings.ppo_ptx_file), self._tokenizer, settings.ppo_ptx_tokens)
+        return Task(
+            policy=load_policy(self._directory / "sft"),
+            tokenizer=self._tokenizer,
+            side=self._dataset.train,
+            prompts=prompts,
+            reward_model=self._directory / "reward_model",
+            rollouts=Rollouts(
+                self._engine,
+                self._tokenizer,
+                self._directory / "rollout",
+                max_tokens=settings.ppo_response_tokens,
+                temperature=settings.ppo_temperature,
+            ),
+            settings=settings,
+            work=work,
+            report=report,
+            updates=updates,
+            texts=texts,
+        )
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -323,3 +364,55 @@ class RoundRun:
     def _result(self, stage: str) -> Result:
         found: Result = json.loads((self._directory / f"{stage}.json").read_text())
         return found
+
+
+def kl_from(
+    reference: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    ours: Sequence[Sequence[Sample]],
+    temperature: float,
+) -> float:
+    """Mean over a policy's answers of log pi - log pi_reference, in nats a response.
+
+    Both at the answers' sampling temperature, where the mean estimates KL(pi || pi_reference).
+    """
+    pairs = [
+        (prompt.token_ids, sample)
+        for prompt, samples in zip(prompts, ours, strict=True)
+        for sample in samples
+    ]
+    theirs = total_logprobs(reference, [(prompt, sample.token_ids) for prompt, sample in pairs], temperature)
+    gaps = [sum(sample.logprobs) - their for (_, sample), their in zip(pairs, theirs, strict=True)]
+    return float(sum(gaps) / len(gaps))
+
+
+def _mean_score(
+    model: RewardModel,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sequence[Sample]],
+    settings: EvaluationSettings,
+) -> Interval:
+    items = [
+        (prompt.token_ids, [sample.token_ids for sample in own])
+        for prompt, own in zip(prompts, samples, strict=True)
+    ]
+    scores = [
+        (prompt.key, score)
+        for prompt, own in zip(prompts, score_responses(model, items), strict=True)
+        for score in own
+    ]
+    return clustered_mean(
+        [key for key, _ in scores],
+        [score for _, score in scores],
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+    )
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Make `target` a copy of the directory `source`; done again after a kill, it ends the same."""
+    staging = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evaluation.sampler import VllmSampler
+from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
@@ -25,6 +25,22 @@ logger = logging.getLogger(__name__)
 
 class TrainerBusy(RuntimeError):  # noqa: N818
     """Another trainer is at work on the same data directory."""
+
+
+def sampler_factory(max_model_len: int) -> SamplerFactory:
+    """Return what starts the engine for rollouts and answers; prompt plus response are bounded in tokens."""
+
+    def start(model_dir: Path, settings: TrainingSettings) -> Sampler:
+        if settings.rollout_engine == "transformers":
+            return TransformersSampler(model_dir)
+        return VllmSampler(
+            model_dir,
+            max_model_len=max_model_len,
+            kv_cache_gib=settings.kv_cache_gib,
+            vllm_arguments=settings.vllm_arguments,
+        )
+
+    return start
 
 
 class Trainer:
@@ -52,14 +68,7 @@ class Trainer:
         self._registry = registry
         self._rounds = rounds
         self._root = data_dir / "rounds"
-        self._make_sampler = make_sampler or (
-            lambda model_dir, chosen: VllmSampler(
-                model_dir,
-                max_model_len=max_model_len,
-                kv_cache_gib=chosen.kv_cache_gib,
-                vllm_arguments=chosen.vllm_arguments,
-            )
-        )
+        self._make_sampler = make_sampler or sampler_factory(max_model_len)
 
     def run_once(self, minimum_events: int = 0) -> Round | None:
         """Finish the round that a killed trainer left, else run one on all feedback since the last.

@@ -1,9 +1,11 @@
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from instructloop import cli
+from training.settings import TrainingSettings
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def test_keys_are_made_listed_and_revoked(data_dir: Path, capsys: pytest.Capture
         (["reject", "policy-0099"], "policy-0099"),
         (["rollback"], "no version served before"),
         (["feedback", "import", "absent.jsonl", "--source", "x"], "absent.jsonl: no such file"),
+        (["compare-algorithms", "--seeds", "1"], "no version is in service"),
         (["--config", "absent.toml", "versions"], "absent.toml: no such file"),
     ],
 )
@@ -111,3 +114,26 @@ def test_serve_says_what_to_do_when_there_is_no_version(
 ) -> None:
     assert cli.run(["serve"]) == cli.USAGE_ERROR
     assert "instructloop up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--algorithms", "ppo,reinforce"], "'reinforce' is none of ppo, rloo, dpo, kto"),
+        (["--seeds", "0"], "'0' is not a number from 1 on"),
+        (["--budget", "soon"], "'soon' is not a duration"),
+    ],
+)
+def test_a_comparison_is_asked_for_rightly(
+    data_dir: Path, capsys: pytest.CaptureFixture[str], option: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["compare-algorithms", *option])
+    assert ended.value.code == cli.USAGE_ERROR
+    assert message in capsys.readouterr().err
+    assert not data_dir.exists()
+
+
+def test_the_algorithms_are_those_that_a_round_can_be_set_to() -> None:
+    annotation = TrainingSettings.model_fields["algorithm"].annotation
+    assert get_args(annotation) == cli._ALGORITHMS
