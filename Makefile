@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test lint bench bench-ppo bench-quality format defaults lock clean
+.PHONY: up test lint bench bench-rm bench-ppo bench-quality format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -29,10 +29,15 @@ test: lint
 	@echo '==> end-to-end tests: a real `instructloop up`'
 	@$(RUN) pytest -v tests/e2e
 
-# Figures, not tests: about a quarter of an hour on two cores.
+# Figures, not tests: about a quarter of an hour on two cores. All sets: make bench SETS="hh qa llmbar hhh curve"
+SETS ?= hh
 bench: .venv/.installed
-	@echo '==> the reward model on HH-RLHF (INSTRUCTLOOP_DATA, by default ../shared/data)'
-	@$(RUN) tests.benchmarks.reward_model_on_hh
+	@echo '==> reward models on $(SETS) (INSTRUCTLOOP_DATA, by default ../shared/data)'
+	@$(RUN) tests.benchmarks.reward_models $(SETS)
+
+bench-rm: .venv/.installed
+	@echo '==> an epoch of the reward model against TRL (INSTRUCTLOOP_DATA, by default ../shared/data)'
+	@$(RUN) tests.benchmarks.reward_model_against_trl
 
 # About ten minutes on two cores.
 bench-ppo: .venv/.installed

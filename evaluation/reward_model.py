@@ -1,8 +1,8 @@
-"""The reward model: a decoder with one scalar head, and how responses are scored with it.
+"""The reward model: a decoder with an ensemble of scalar heads, and how responses are scored with it.
 
 Owns the module, its file format and the packing of one prompt with its K responses into one row. Fitting
 it is `training/reward_model.py`'s; what a score decides is the gate's or PPO's.
-Shapes: B rows (prompts), L packed length, T length, K responses, D width.
+Shapes: B rows (prompts), L packed length, T length, K responses, H heads, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,37 +22,48 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATTENTION = "eager" if DEVICE.type == "cpu" else "sdpa"
 
 
-class RewardModel(nn.Module):  # type: ignore[misc]
-    """r(x, y): a decoder's last hidden state at the last token of the response, through a linear head.
+class UnsuitableBackbone(ValueError):  # noqa: N818
+    """A model that can't be a reward model's trunk; the message says why."""
 
-    `offset` and `scale` standardise the score (Huang et al. 2024, arXiv 2403.17031, detail 13: rewards are
-    normalised before PPO), so that responses of the data it was fitted on have mean 0 and deviation 1.
+
+class RewardModel(nn.Module):  # type: ignore[misc]
+    """r_h(x, y): a decoder's last hidden state at the last token of the response, through H linear heads.
+
+    The heads are an ensemble on one trunk: their mean is the score, their spread says how far it can be
+    trusted. `offset` and `scale` (H,) standardise each head (Huang et al. 2024, arXiv 2403.17031, detail 13:
+    rewards are normalised before PPO): all heads vary alike, and the mean has deviation 1, over the responses
+    that the model was fitted on; where its zero lies is decided by `training.reward_model.fit`.
     """
 
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, heads: int = 1) -> None:
         super().__init__()
         self.backbone = backbone
-        width = backbone.config.hidden_size
-        self.head = nn.Linear(width, 1, device=DEVICE)
+        self.head = nn.Linear(backbone.config.hidden_size, heads, device=DEVICE)
         # From zero: scores of a random head would be noise that the trunk has to unlearn first.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("offset", torch.zeros((), device=DEVICE))
-        self.register_buffer("scale", torch.ones((), device=DEVICE))
+        self.register_buffer("offset", torch.zeros(heads, device=DEVICE))
+        self.register_buffer("scale", torch.ones(heads, device=DEVICE))
 
     @classmethod
-    def from_decoder(cls, model_dir: Path | str) -> "RewardModel":
-        """Make a reward model that starts from a language model's trunk, with a new head."""
-        return cls(_trunk(model_dir))
+    def from_decoder(cls, model_dir: Path | str, heads: int = 1) -> "RewardModel":
+        """Make a reward model that starts from a language model's trunk, with new heads.
+
+        Raises UnsuitableBackbone if the trunk's attention can't be packed.
+        """
+        model = cls(_trunk(model_dir), heads)
+        _check_packing(model.backbone)
+        return model
 
     @classmethod
     def load(cls, directory: Path) -> "RewardModel":
         """Read a fitted reward model from where `save` put it."""
-        model = cls(_trunk(directory / "backbone"))
-        model.load_state_dict(load_file(directory / "head.safetensors"), strict=False)
+        head = load_file(directory / "head.safetensors")
+        model = cls(_trunk(directory / "backbone"), heads=len(head["head.weight"]))
+        model.load_state_dict(head, strict=False)
         return model
 
     def save(self, directory: Path) -> None:
@@ -61,18 +72,41 @@ class RewardModel(nn.Module):  # type: ignore[misc]
         head = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
         save_file({name: value.contiguous() for name, value in head.items()}, directory / "head.safetensors")
 
+    @property
+    def heads(self) -> int:
+        """The number of heads, H."""
+        return int(self.head.out_features)
+
     def hidden(self, rows: "PackedRows") -> Tensor:
         """Last hidden states of packed rows, (B, L, D)."""
         return last_hidden(self.backbone, rows)
 
+    def head_scores(self, hidden: Tensor) -> Tensor:
+        """Each head's standardised score of hidden states (…, D) -> (…, H)."""
+        # In float32 under autocast too: bfloat16 would round away what the heads differ in.
+        with torch.autocast(DEVICE.type, enabled=False):
+            return (self.head(hidden.float()) - self.offset) / self.scale
+
     def score(self, hidden: Tensor) -> Tensor:
-        """Standardised scores of hidden states (…, D) -> (…)."""
-        return (self.head(hidden).squeeze(-1).float() - self.offset) / self.scale
+        """Scores of hidden states (…, D) -> (…): the mean over the heads."""
+        return self.head_scores(hidden).mean(-1)
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """How far the heads disagree on hidden states (…, D) -> (…): their population standard deviation."""
+        return self.head_scores(hidden).std(-1, unbiased=False)
+
+    def reward(self, hidden: Tensor, spread_penalty: float) -> Tensor:
+        """Pay for hidden states (…, D) -> (…): the score less a multiple of the spread.
+
+        Uncertainty-weighted optimisation (Coste et al. 2023, arXiv 2310.02743), which takes the
+        variance; the deviation has the score's own unit, so the penalty means the same at any scale.
+        """
+        return self.score(hidden) - spread_penalty * self.spread(hidden)
 
     def forward(self, rows: "PackedRows") -> Tensor:
-        """Scores of all responses of the rows, flat in row order, (sum of K,)."""
+        """Each head's scores of all responses of the rows, in row order, (sum of K, H)."""
         row, last = rows.last_tokens()
-        return self.score(self.hidden(rows)[row, last])
+        return self.head_scores(self.hidden(rows)[row, last])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,20 +175,36 @@ def rows_by_tokens(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def score_responses(
+def head_scores_of_responses(
     model: RewardModel, items: Sequence[tuple[TokenIds, Sequence[TokenIds]]], token_budget: int = 4096
-) -> list[list[float]]:
-    """Scores of each item's responses, in order."""
-    results: list[list[float]] = [[] for _ in items]
+) -> list[Tensor]:
+    """Each head's scores of each item's responses, in order: (K, H) an item, on the CPU."""
+    results = [torch.empty(0)] * len(items)
     sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in items]
     model.eval()
     for group in rows_by_tokens(sizes, token_budget):
         with autocast():
-            scores = model(pack([items[i] for i in group])).tolist()
-        for i in group:
-            count = len(items[i][1])
-            results[i], scores = scores[:count], scores[count:]
+            scores = model(pack([items[i] for i in group])).cpu()
+        for index, own in zip(group, scores.split([len(items[i][1]) for i in group]), strict=True):
+            results[index] = own
     return results
+
+
+def score_responses(
+    model: RewardModel, items: Sequence[tuple[TokenIds, Sequence[TokenIds]]], token_budget: int = 4096
+) -> list[list[float]]:
+    """Scores of each item's responses, in order."""
+    return [scores for scores, _ in scores_and_spreads(model, items, token_budget)]
+
+
+def scores_and_spreads(
+    model: RewardModel, items: Sequence[tuple[TokenIds, Sequence[TokenIds]]], token_budget: int = 4096
+) -> list[tuple[list[float], list[float]]]:
+    """Scores of each item's responses and how far the heads disagree on them, in order."""
+    return [
+        (own.mean(-1).tolist(), own.std(-1, unbiased=False).tolist())
+        for own in head_scores_of_responses(model, items, token_budget)
+    ]
 
 
 def autocast() -> torch.autocast:
@@ -176,3 +226,31 @@ def _trunk(model_dir: Path | str) -> nn.Module:
     return AutoModel.from_pretrained(str(model_dir), dtype=torch.float32, attn_implementation=ATTENTION).to(
         DEVICE
     )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _check_packing(trunk: nn.Module) -> None:
+    """Raise UnsuitableBackbone unless responses in one row have the hidden states of separate sequences.
+
+    Not so where positions come from the row itself (ALiBi: BLOOM, MPT), where a layer keeps a mask of its own
+    (GPT-Neo's local attention) or a state (Mamba). It is tried, since no list of architectures stays right.
+    """
+    prompt, responses = [3, 5, 7, 9, 11], [[4, 6, 8], [10, 12]]
+    trunk.eval()
+    try:
+        rows = pack([(prompt, responses)])
+        row, last = rows.last_tokens()
+        packed = last_hidden(trunk, rows)[row, last]
+        separate = torch.stack(
+            [
+                trunk(input_ids=torch.tensor([prompt + response], device=DEVICE)).last_hidden_state[0, -1]
+                for response in responses
+            ]
+        )
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UnsuitableBackbone(f"{type(trunk).__name__} takes no packed rows: {error}") from error
+    if not (packed - separate).abs().max() <= 1e-3 * separate.abs().max():
+        raise UnsuitableBackbone(
+            f"{type(trunk).__name__} scores a response otherwise when it shares a row with another one: "
+            "its attention does not keep to the mask and the positions that it is given"
+        )

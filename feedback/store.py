@@ -5,8 +5,8 @@ training round makes of a slice is the round's affair. The database must be migr
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -47,6 +47,33 @@ class Slice:
 
     events: list[Event]
     completions: dict[str, list[Completion]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseScore:
+    """What a reward model thinks of one recorded response: its score, and how far its heads disagree.
+
+    Both are in deviations of the score over the responses that the model was fitted on.
+    """
+
+    completion_id: str
+    choice: int
+    part: int
+    score: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A recorded prompt with its responses that raters may be asked about, scored in round `round_id`.
+
+    `spread` is the mean over its responses; `scores` are those of the choices that were scored.
+    """
+
+    completion: Completion
+    round_id: int
+    spread: float
+    scores: list[ResponseScore]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +169,60 @@ class Store:
             ids = {ref.completion_id for event in events for ref in references(event.feedback)}
             return Slice(events=events, completions=_completions(connection, sorted(ids)))
 
+    def unjudged(self, limit: int) -> list[Completion]:
+        """List the latest records of completions that no event speaks of, newest first."""
+        completions, targets = tables.completions, tables.event_targets
+        spoken_of = sa.exists().where(targets.c.completion_id == completions.c.id)
+        query = (
+            sa.select(completions.c.id, completions.c.part)
+            .where(~spoken_of)
+            .order_by(completions.c.created_at.desc(), completions.c.id, completions.c.part)
+            .limit(limit)
+        )
+        with self._reader.connect() as connection:
+            return _parts(connection, [(row.id, row.part) for row in connection.execute(query)])
+
+    def replace_scores(self, round_id: int, scores: Iterable[ResponseScore]) -> None:
+        """Keep what the reward model of a round thinks of recorded responses, instead of all before."""
+        rows = {
+            (score.completion_id, score.choice): {"round_id": round_id, **asdict(score)} for score in scores
+        }
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(tables.response_scores))
+            if rows:
+                connection.execute(sa.insert(tables.response_scores), list(rows.values()))
+
+    def queries(self, limit: int, rater: str | None = None) -> list[Query]:
+        """List the scored prompts whose responses the reward model is least sure of, in that order.
+
+        Those with a current event of `rater` are left out: it has said what it thinks.
+        """
+        table, events, targets = tables.response_scores, tables.events, tables.event_targets
+        there = sa.exists().where(tables.completions.c.id == table.c.completion_id)
+        spread = sa.func.avg(table.c.spread).label("spread")
+        query = sa.select(table.c.completion_id, table.c.part, spread).where(there)
+        if rater is not None:
+            own = sa.exists().where(
+                targets.c.completion_id == table.c.completion_id,
+                targets.c.event_id == events.c.event_id,
+                events.c.rater == rater,
+                events.c.status == "stored",
+            )
+            query = query.where(~own)
+        query = query.group_by(table.c.completion_id, table.c.part)
+        query = query.order_by(spread.desc(), table.c.completion_id, table.c.part).limit(limit)
+        with self._reader.connect() as connection:
+            found = {(row.completion_id, row.part): row.spread for row in connection.execute(query)}
+            scores: dict[tuple[str, int], list[sa.Row[Any]]] = {}
+            ids = sa.select(table).where(table.c.completion_id.in_([id for id, _ in found]))
+            for row in connection.execute(ids.order_by(table.c.choice)):
+                scores.setdefault((row.completion_id, row.part), []).append(row)
+            return [
+                _query(completion, found[completion.id, completion.part], scores)
+                for completion in _parts(connection, list(found))
+                if (completion.id, completion.part) in scores
+            ]
+
     def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """List the latest dead letters, newest first."""
         table = tables.dead_letters
@@ -235,6 +316,21 @@ def _completions(connection: Connection, ids: Sequence[str]) -> dict[str, list[C
         for row in connection.execute(query):
             found.setdefault(row.id, []).append(completion_of(row, mine.get((row.id, row.part), [])))
     return found
+
+
+def _parts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> list[Completion]:
+    """Load single parts of completions, in the order in which they are wanted."""
+    found = _completions(connection, sorted({id for id, _ in wanted}))
+    by_part = {(id, part.part): part for id, parts in found.items() for part in parts}
+    return [by_part[one] for one in wanted if one in by_part]
+
+
+def _query(
+    completion: Completion, spread: float, scores: Mapping[tuple[str, int], Sequence[sa.Row[Any]]]
+) -> Query:
+    rows = scores[completion.id, completion.part]
+    own = [ResponseScore(row.completion_id, row.choice, row.part, row.score, row.spread) for row in rows]
+    return Query(completion, rows[0].round_id, spread, own)
 
 
 def _size(connection: Connection, table: sa.Table) -> int:

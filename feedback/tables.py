@@ -60,7 +60,7 @@ completions = sa.Table(
     sa.Column("user", sa.Text),
     sa.Column("source", sa.Text, nullable=False),
     sa.Column("endpoint", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False, index=True),
     sa.Column("latency_seconds", sa.Double, nullable=False),
     sa.Column("messages", sa.JSON(none_as_null=True)),
     sa.Column("prompt", sa.Text),
@@ -120,6 +120,19 @@ event_targets = sa.Table(
     METADATA,
     sa.Column("completion_id", sa.Text, primary_key=True),
     sa.Column("event_id", sa.Text, sa.ForeignKey("events.event_id"), primary_key=True),
+)
+
+# What the latest reward model thinks of recorded responses, replaced as a whole by each round. No foreign
+# keys: a completion may be deleted meanwhile.
+response_scores = sa.Table(
+    "response_scores",
+    METADATA,
+    sa.Column("completion_id", sa.Text, primary_key=True),
+    sa.Column("choice", sa.Integer, primary_key=True),
+    sa.Column("part", sa.Integer, nullable=False),
+    sa.Column("round_id", sa.Integer, nullable=False),
+    sa.Column("score", sa.Double, nullable=False),
+    sa.Column("spread", sa.Double, nullable=False),
 )
 
 # One row, `position`. Its lock makes ingest transactions take turns, so that positions commit in order.

@@ -38,6 +38,7 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/feedback", _GIVERS),
     ("POST", "/v1/feedback/batch", _GIVERS - {"token"}),
     ("GET", "/v1/feedback/{id}", _GIVERS | _OPERATOR),
+    ("GET", "/v1/queries", frozenset({"rater", "operator"})),
     ("GET", "/v1/versions", _OPERATOR),
     ("GET", "/v1/versions/{id}", _OPERATOR),
     ("POST", "/v1/versions/{id}/promote", _OPERATOR),

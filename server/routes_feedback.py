@@ -1,19 +1,20 @@
-"""HTTP routes for people: give feedback, look a receipt up, read a completion.
+"""HTTP routes for people: give feedback, look a receipt up, read a completion, see what to judge next.
 
 What an event may say is decided in `server.feedback_events`; that it is durable, in `feedback.queue`.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from feedback.events import Event
 from feedback.queue import IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Completion
+from feedback.store import Query as StoredQuery
 from feedback.store import Store, StoredEvent
 from registry.rounds import Rounds
 from server.context import CALLER, Caller
@@ -61,6 +62,7 @@ class FeedbackRoutes:
         add("/v1/feedback/batch", self.submit_batch, methods=["POST"])
         add("/v1/feedback/{event_id}", self.receipt, methods=["GET"])
         add("/v1/completions/{completion_id}", self.completion, methods=["GET"])
+        add("/v1/queries", self.queries, methods=["GET"])
         return router
 
     async def submit(self, request: Request) -> Response:
@@ -130,6 +132,16 @@ class FeedbackRoutes:
         events = await anyio.to_thread.run_sync(self._store.events_of, completion_id)
         return _record(parts, events)
 
+    async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
+        """List recorded prompts to judge next: those whose responses the reward model is least sure of first.
+
+        A rater is not asked about what it has judged already.
+        """
+        caller = CALLER.get()
+        rater = rater_of(caller) if caller.role == "rater" else None
+        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater)
+        return {"queries": [_query(query) for query in found]}
+
     async def _event(self, fields: dict[str, Any], caller: Caller) -> Event:
         return await anyio.to_thread.run_sync(
             event_from, fields, caller, self._identity, self._store.completion
@@ -190,6 +202,24 @@ def _check_giver(caller: Caller, key_id: str, rater: str | None = None) -> None:
     same_rater = caller.role != "token" or rater is None or rater == rater_of(caller)
     if caller.key_id != key_id or not same_rater:
         raise Problem(403, "this event was given by somebody else")
+
+
+def _query(query: StoredQuery) -> dict[str, Any]:
+    completion = query.completion
+    # No scores: they would tell a rater what to say.
+    spreads = {score.choice: score.spread for score in query.scores}
+    return {
+        "completion_id": completion.id,
+        "part": completion.part,
+        "messages": completion.messages,
+        "prompt": completion.prompt,
+        "round": query.round_id,
+        "spread": query.spread,
+        "choices": [
+            {"choice": choice.index, "text": choice.text, "spread": spreads.get(choice.index)}
+            for choice in completion.choices
+        ],
+    }
 
 
 def _record(parts: list[Completion], events: list[StoredEvent]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import RewardModel, score_responses
+from evaluation.reward_model import RewardModel, scores_and_spreads
 from training.dataset import Comparison, Side
 from training.policy import Policy, with_adapter
 from training.ppo import PPO, KeepSamples
@@ -104,7 +104,9 @@ def _rloo(task: Task) -> PreTrainedModel:
 
     def reward(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
         items = [(prompt, [response]) for prompt, response in zip(prompts, responses, strict=True)]
-        return [scores[0] for scores in score_responses(model, items)]
+        found = scores_and_spreads(model, items)
+        penalty = task.settings.reward_spread_penalty
+        return [scores[0] - penalty * spreads[0] for scores, spreads in found]
 
     return rloo(task, reward)
 

@@ -152,6 +152,9 @@ class ComparisonRun(RoundRun):
         shutil.rmtree(self._directory)
         return compared
 
+    def _score_for_queries(self, model: RewardModel) -> None:
+        """Ask nobody anything: that is for rounds."""
+
     def _check_directory(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         file = self._directory / "config.json"

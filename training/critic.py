@@ -16,8 +16,8 @@ class Critic(nn.Module):  # type: ignore[misc]
 
     `reward_model`: the reward model's, which stays as fitted: the pass that scores a response also values it.
     `separate`: a copy of it that learns (Ouyang et al. 2022, appendix C.4). `policy`: the policy's own, which
-    then learns from the value loss, too. On the reward model's trunk the head starts as the reward model's:
-    the first values are the scores of what is written so far. On the policy's it starts from zero.
+    then learns from the value loss, too. On the reward model's trunk the head starts as the mean of its
+    heads: the first values are the scores of what is written so far. On the policy's it starts from zero.
     """
 
     base_model_prefix = "backbone"  # where TRL looks for the trunk
@@ -34,8 +34,10 @@ class Critic(nn.Module):  # type: ignore[misc]
                 self.score.weight.zero_()
                 self.score.bias.zero_()
             else:
-                self.score.weight.copy_(reward_model.head.weight / reward_model.scale)
-                self.score.bias.copy_((reward_model.head.bias - reward_model.offset) / reward_model.scale)
+                weight = reward_model.head.weight / reward_model.scale[:, None]
+                bias = (reward_model.head.bias - reward_model.offset) / reward_model.scale
+                self.score.weight.copy_(weight.mean(0, keepdim=True))
+                self.score.bias.copy_(bias.mean())
 
     def forward(self, states: Tensor) -> Tensor:
         """Values of hidden states (…, D) -> (…)."""

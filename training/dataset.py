@@ -1,10 +1,12 @@
 """A round's dataset: the slice of the store as token ids, split by prompt.
 
 Owns what an event becomes in training and on which side of the split a prompt falls. It is a pure function
-of the slice, the tokenizer and the settings; nothing here is random.
+of the slice, the tokenizer and the settings, whose seed draws what older data is mixed in.
 """
 
 import hashlib
+import math
+import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,22 +24,29 @@ from training.settings import TrainingSettings
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties."""
+    """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties.
+
+    `weight` is the rater's reliability, `rater_group` the group that accuracy is told for.
+    """
 
     prompt: Prompt
     responses: list[list[int]]
     ranks: list[int]
     source: str
+    weight: float = 1.0
+    rater_group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One response with a `target` in [0, 1] by a thumb or a rating (`kind`)."""
+    """One response with a `target` in [0, 1] by a thumb or a rating (`kind`), weighing as a comparison."""
 
     prompt: Prompt
     response: list[int]
     target: float
     kind: str
+    weight: float = 1.0
+    rater_group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,45 @@ def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSet
     return dataset
 
 
+def with_older(
+    side: Side, older: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
+) -> Side:
+    """Return the training side's judgements with a seeded sample of older ones, for a reward model only.
+
+    Training on the newest samples alone brings regressions back (Llama 2, arXiv 2307.09288), so older ones
+    make up at most `reward_older_share` of the whole. Held-out prompts stay out.
+    """
+    new = len(side.comparisons) + len(side.judgements)
+    wanted = int(new * settings.reward_older_share / (1 - settings.reward_older_share))
+    events = [event for event in older.events if event.feedback.type != "demonstration"]
+    # As many more as will fall on the held-out side: the rest need not be tokenised.
+    drawn = min(len(events), math.ceil(wanted / (1 - settings.held_out_share)))
+    events = random.Random(f"{settings.seed}:older").sample(events, drawn)
+    found = build(Slice(events, older.completions), tokenizer, settings).train
+    judged = [*found.comparisons, *found.judgements]
+    judged = random.Random(f"{settings.seed}:kept").sample(judged, min(len(judged), wanted))
+    return Side(
+        comparisons=[*side.comparisons, *(item for item in judged if isinstance(item, Comparison))],
+        judgements=[*side.judgements, *(item for item in judged if isinstance(item, Judgement))],
+        demonstrations=side.demonstrations,
+        prompts=side.prompts,
+    )
+
+
+def responses_of(
+    completions: Iterable[Completion], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
+) -> list[tuple[Prompt, list[tuple[int, list[int]]]]]:
+    """Return each completion's prompt with its responses, (choice index, token ids), that aren't empty."""
+    builder = _Builder(Slice([], {}), tokenizer, settings)
+    return [builder.responses(completion) for completion in completions]
+
+
+def rater_group(event: Event) -> str:
+    """Return the group that the event's context names (`group`), else the key that vouches for the rater."""
+    named = (event.feedback.context or {}).get("group")
+    return named if isinstance(named, str) and named else event.rater.partition("/")[0]
+
+
 class _Builder:
     """Looks up and tokenises what events refer to."""
 
@@ -134,15 +182,19 @@ class _Builder:
 
     def item(self, event: Event) -> Comparison | Judgement | Demonstration | str:
         """Return what an event is in training, or why it is nothing."""
-        match event.feedback:
-            case Ranking() as ranking:
-                return self._comparison(ranking, event.source)
-            case Thumb() as thumb:
-                return self._judgement(thumb, float(thumb.value == "up"))
-            case Rating() as rating:
-                return self._judgement(rating, (rating.score - 1) / 6)
-            case DemonstrationEvent() as demonstration:
-                return self._demonstration(demonstration)
+        feedback = event.feedback
+        if isinstance(feedback, DemonstrationEvent):
+            return self._demonstration(feedback)
+        weight = self._settings.reward_rater_weights.get(event.rater, 1.0)
+        if weight <= 0:
+            return "the rater's weight is 0"
+        match feedback:
+            case Ranking():
+                return self._comparison(feedback, event, weight)
+            case Thumb():
+                return self._judgement(feedback, float(feedback.value == "up"), event, weight)
+            case Rating():
+                return self._judgement(feedback, (feedback.score - 1) / 6, event, weight)
         raise AssertionError(f"unknown feedback {event.feedback!r}")
 
     def _completion(self, event: Event) -> Completion | None:
@@ -155,7 +207,7 @@ class _Builder:
             found = self._choices.get((feedback.completion_id, feedback.choice))
         return found[0] if found else None
 
-    def _comparison(self, ranking: Ranking, source: str) -> Comparison | str:
+    def _comparison(self, ranking: Ranking, event: Event, weight: float) -> Comparison | str:
         responses, ranks, prompt = [], [], None
         for rank, group in enumerate(ranking.groups):
             for ref in group:
@@ -170,16 +222,19 @@ class _Builder:
         if not all(responses):
             return "a response is empty"
         assert prompt is not None
-        return Comparison(prompt, responses, ranks, source)
+        return Comparison(prompt, responses, ranks, event.source, weight, rater_group(event))
 
-    def _judgement(self, event: Thumb | Rating, target: float) -> Judgement | str:
-        found = self._choices.get((event.completion_id, event.choice))
+    def _judgement(
+        self, given: Thumb | Rating, target: float, event: Event, weight: float
+    ) -> Judgement | str:
+        found = self._choices.get((given.completion_id, given.choice))
         if found is None:
             return "the completion is no longer stored"
         response = self._response(found[1])
         if not response:
             return "a response is empty"
-        return Judgement(self._prompt(found[0]), response, target, event.type)
+        prompt = self._prompt(found[0])
+        return Judgement(prompt, response, target, given.type, weight, rater_group(event))
 
     def _demonstration(self, event: DemonstrationEvent) -> Demonstration | str:
         if event.messages is not None:
@@ -191,6 +246,11 @@ class _Builder:
                 return "the completion is no longer stored"
             prompt = self._prompt(completion)
         return Demonstration(prompt, self._written(event.text))
+
+    def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
+        """Return a completion's prompt and its choices that aren't empty, each with its index."""
+        responses = [(choice.index, self._response(choice)) for choice in completion.choices]
+        return self._prompt(completion), [(index, ids) for index, ids in responses if ids]
 
     def _prompt(self, completion: Completion) -> Prompt:
         if completion.prompt_token_ids:

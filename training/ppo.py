@@ -346,7 +346,9 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 packed, rows = pack(episodes.items(prompts)), episodes.of(prompts)
                 with autocast():
                     hidden = self.reward_model.hidden(packed).float()
-                scores[rows] = self.reward_model.score(hidden[packed.last_tokens()])
+                scores[rows] = self.reward_model.reward(
+                    hidden[packed.last_tokens()], self._settings.reward_spread_penalty
+                )
                 if episodes.features is not None:
                     before = hidden[before_each_token(packed)]
                     mask = episodes.mask[rows][:, :, None]

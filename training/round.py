@@ -20,19 +20,21 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
-from evaluation.reward_model import RewardModel, score_responses
+from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
-from feedback.store import Store
+from feedback.records import Completion
+from feedback.store import ResponseScore, Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training.algorithms import Task, train
-from training.dataset import Dataset, Side, build
+from training.dataset import Dataset, Side, build, responses_of, with_older
 from training.logprobs import total_logprobs
 from training.policy import load_policy, write_checkpoint
 from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
-from training.reward_model import Report, accuracy_by_source, fit
+from training.reward_model import Report, check_backbone, fit
+from training.reward_quality import measure
 from training.rollouts import Rollouts
 from training.samples import SampleLog
 from training.settings import TrainingSettings
@@ -155,6 +157,11 @@ class RoundRun:
                     f"at least {self._settings.minimum_judged} are needed: collect more feedback"
                 )
         more_prompts, texts = self._files  # now, rather than when PPO asks for them
+        if self._settings.reward_backbone:
+            try:
+                check_backbone(self._settings.reward_backbone, self._tokenizer)
+            except (ValueError, OSError) as problem:
+                raise RoundRefused(f"reward_backbone: {problem}") from problem
         return {
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
@@ -195,17 +202,20 @@ class RoundRun:
         return {"demonstrations": len(demonstrations), "epochs": epochs}
 
     def _reward_model(self) -> Result:
-        """Fit the reward model that PPO maximises, on the training prompts."""
+        """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
-        model = self._fit(self._dataset.train, "reward_model", start)
-        return self._accuracy(model, "reward_model", self._dataset.held_out)
+        side, new = self._with_older(), self._dataset.train
+        model = self._fit(side, "reward_model", start)
+        self._score_for_queries(model)
+        older = len(side.comparisons) + len(side.judgements) - len(new.comparisons) - len(new.judgements)
+        return {"older": older, **self._quality(model, "reward_model", self._dataset.held_out)}
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""
         model = self._fit(self._dataset.held_out, "judge", None)
         # The other side's pairs are new to this one.
-        return self._accuracy(model, "judge", self._dataset.train)
+        return self._quality(model, "judge", self._dataset.train)
 
     def _select(self) -> Result:
         """Let the reward model choose among SFT's checkpoints: the one whose answers score highest.
@@ -339,6 +349,30 @@ class RoundRun:
             self._store.slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings
         )
 
+    def _with_older(self) -> Side:
+        cursor, cutoff = self._round.cursor, self._round.cutoff
+        assert cursor is not None and cutoff is not None
+        older = self._store.slice(0, cursor, as_of=cutoff)
+        return with_older(self._dataset.train, older, self._tokenizer, self._settings)
+
+    def _score_for_queries(self, model: RewardModel) -> None:
+        """Let the store know how sure the reward model is of recorded responses: raters are asked by that."""
+        assert self._round.cursor is not None and self._round.cutoff is not None
+        limit = self._settings.reward_query_completions
+        judged = self._store.slice(self._round.cursor, self._round.cutoff).completions.values()
+        latest = sorted((part for parts in judged for part in parts), key=lambda part: -part.created_at)
+        asked: list[Completion] = [*self._store.unjudged(limit), *latest[:limit]]
+        found = responses_of(asked, self._tokenizer, self._settings)
+        items = [(prompt.token_ids, [ids for _, ids in responses]) for prompt, responses in found]
+        scored = [
+            ResponseScore(completion.id, index, completion.part, score, spread)
+            for completion, (_, responses), (scores, spreads) in zip(
+                asked, found, scores_and_spreads(model, items), strict=True
+            )
+            for (index, _), score, spread in zip(responses, scores, spreads, strict=True)
+        ]
+        self._store.replace_scores(self._round.id, scored)
+
     @cached_property
     def _engine(self) -> Sampler:
         try:
@@ -348,28 +382,25 @@ class RoundRun:
         return self._sampler
 
     def _fit(self, side: Side, name: str, start: Path | None) -> RewardModel:
-        # As in InstructGPT, a first reward model starts from the SFT policy, with a new head.
-        model = RewardModel.load(start) if start else RewardModel.from_decoder(self._directory / "sft")
+        heads = self._settings.reward_heads
+        if start is not None:
+            model = RewardModel.load(start)
+            if model.heads != heads:
+                model = RewardModel(model.backbone, heads)
+        else:
+            # As in InstructGPT, a first reward model starts from the SFT policy, with new heads.
+            source = self._settings.reward_backbone or self._directory / "sft"
+            model = RewardModel.from_decoder(source, heads)
         with self._progress(name) as report:
             fit(model, side, self._settings, report)
         model.save(self._directory / name)
         return model
 
-    def _accuracy(self, model: RewardModel, stage: str, unseen: Side) -> Result:
-        """Keep and return how often `model` is right on pairs of prompts that it was not fitted to."""
-        accuracy = accuracy_by_source(model, unseen.comparisons, self._settings.seed)
-        figures = {
-            f"held_out_accuracy/{source}/{name}": interval.estimate
-            for source, by_name in accuracy.items()
-            for name, interval in by_name.items()
-        }
-        self._keep(stage, 0, figures)
-        return {
-            "held_out_accuracy": {
-                source: {name: interval.figures() for name, interval in by_name.items()}
-                for source, by_name in accuracy.items()
-            }
-        }
+    def _quality(self, model: RewardModel, stage: str, unseen: Side) -> Result:
+        """Keep and return how good `model` is on rankings of prompts that it was not fitted to."""
+        quality = measure(model, unseen.comparisons, self._settings.seed)
+        self._keep(stage, 0, quality.metrics())
+        return quality.figures()
 
     def _progress(self, stage: str) -> Progress:
         return Progress(stage, lambda step, figures: self._keep(stage, step, figures))

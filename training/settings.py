@@ -58,6 +58,26 @@ class TrainingSettings(BaseModel):
     reward_batch: int = Field(
         8, ge=1, description="Prompts (each with all its responses) a reward-model step."
     )
+    reward_backbone: str = Field(
+        "",
+        description="Directory or Hugging Face name that reward models start from; empty: the SFT policy.",
+    )
+    reward_heads: int = Field(
+        4, ge=1, description="Heads of a reward model, each on a bootstrap of the prompts of its own."
+    )
+    reward_spread_penalty: float = Field(
+        0.5, ge=0, description="PPO's reward is the heads' mean less so many times their standard deviation."
+    )
+    reward_rater_weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="How much a rater's judgements count, by rater id; 1 where none is given, 0 leaves out.",
+    )
+    reward_older_share: float = Field(
+        0.25, ge=0, lt=1, description="At most this share of what a reward model is fitted to is older data."
+    )
+    reward_query_completions: int = Field(
+        256, ge=0, description="Recorded completions, judged and not yet judged each, scored for /v1/queries."
+    )
     algorithm: Literal["ppo", "rloo", "dpo", "kto"] = Field(
         "ppo", description="How the policy learns from the feedback: PPO, or another of TRL's algorithms."
     )

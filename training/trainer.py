@@ -183,7 +183,7 @@ class Trainer:
             raise RoundRefused("no version is in service, so there is nothing to train from")
         config = {
             "parent": desired.name,
-            "reward_model_from": last.id if last and self._has_reward_model(last.id) else None,
+            "reward_model_from": last.id if last and self._is_a_start(last) else None,
             "training": self._settings.model_dump(mode="json"),
             "evaluation": self._evaluation.model_dump(mode="json"),
         }
@@ -221,6 +221,11 @@ class Trainer:
                     f"round {original.id} can't be repeated: {where}: {first['msg']}"
                 ) from None
         return config
+
+    def _is_a_start(self, last: Round) -> bool:
+        """Whether the round's reward model is there and stands on the trunk that is configured now."""
+        trunk = last.config["training"].get("reward_backbone", "")
+        return self._has_reward_model(last.id) and trunk == self._settings.reward_backbone
 
     def _has_reward_model(self, round_id: int) -> bool:
         return (self._root / f"{round_id:04d}" / "reward_model" / "head.safetensors").exists()

@@ -38,7 +38,8 @@ from training.policy import Policy, load_policy, write_checkpoint
 from training.ppo import PPO
 from training.pretraining import PretrainingTexts
 from training.progress import Progress
-from training.reward_model import accuracy_by_source, fit
+from training.reward_model import fit
+from training.reward_quality import accuracy_by_source
 from training.rollouts import Rollouts
 from training.settings import TrainingSettings
 

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Engine
 from feedback import tables
 from feedback.intake import IngestCounts
 from feedback.queue import Entry
-from feedback.store import Store
+from feedback.store import ResponseScore, Store
 
 
 @pytest.fixture
@@ -240,3 +240,45 @@ def test_ingest_from_several_threads_gives_each_event_one_position(either_databa
     with either_database.connect() as connection:
         positions = connection.execute(sa.select(tables.events.c.position)).scalars().all()
     assert sorted(positions) == list(range(1, workers * each + 1)) and store.head() == workers * each
+
+
+def test_unjudged_are_the_latest_records_that_no_event_speaks_of(store: Store) -> None:
+    records = [completion(f"chatcmpl-{i}", created_at=float(i)) for i in range(5)]
+    parts = [completion("cmpl-1", part=part, parts=2, created_at=9.0) for part in (0, 1)]
+    store.ingest(entries(*records, *parts, thumb("e1", "chatcmpl-4"), thumb("e2", "chatcmpl-2")))
+    assert [(one.id, one.part) for one in store.unjudged(3)] == [
+        ("cmpl-1", 0),
+        ("cmpl-1", 1),
+        ("chatcmpl-3", 0),
+    ]
+    assert store.unjudged(10)[2:] == [records[3], records[1], records[0]]
+    assert store.unjudged(0) == []
+
+
+def test_queries_are_ranked_by_the_mean_spread_and_leave_out_what_a_rater_judged(store: Store) -> None:
+    parts = [completion("cmpl-1", part=part, parts=2) for part in (0, 1)]
+    store.ingest(entries(completion("a"), completion("b"), *parts))
+    scores = [
+        ResponseScore("a", 0, 0, 1.0, 0.5),
+        ResponseScore("a", 1, 0, 2.0, 0.1),
+        ResponseScore("b", 0, 0, -1.0, 0.4),
+        ResponseScore("cmpl-1", 0, 0, 0.0, 0.2),
+        ResponseScore("cmpl-1", 3, 1, 0.0, 0.6),
+        ResponseScore("forgotten", 0, 0, 0.0, 9.0),
+    ]
+    store.replace_scores(1, [ResponseScore("b", 1, 0, 0.0, 8.0)])
+    store.replace_scores(4, scores)
+    found = store.queries(10)
+    assert [(q.completion.id, q.completion.part, q.round_id) for q in found] == [
+        ("cmpl-1", 1, 4),
+        ("b", 0, 4),
+        ("a", 0, 4),
+        ("cmpl-1", 0, 4),
+    ]
+    assert found[2].spread == pytest.approx(0.3)
+    assert found[2].scores == scores[:2]
+    assert found[2].completion == completion("a")
+    store.ingest(entries(thumb("e1", "b", rater="k1/r"), thumb("e2", "a", rater="k1/other")))
+    assert [q.completion.id for q in store.queries(2, "k1/r")] == ["cmpl-1", "a"]
+    assert [q.completion.id for q in store.queries(2)] == ["cmpl-1", "b"]
+    assert store.queries(0) == []

@@ -7,10 +7,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.round_process import ENGINE_SECONDS, RoundInstallation
+from safetensors.torch import load_file
+from unit.training.tiny import TransformersSampler, tiny_model, tiny_tokenizer
+
+from evaluation.settings import EvaluationSettings
+from training.settings import TrainingSettings
+from training.trainer import Trainer
 
 
 @pytest.fixture
@@ -44,6 +52,60 @@ def test_an_engine_that_finds_no_memory_says_what_to_lower(installation: RoundIn
         "reward_model",
         "judge",
     }
+
+
+def test_a_second_round_starts_from_the_first_ones_reward_model_and_a_share_of_its_data(
+    installation: RoundInstallation,
+) -> None:
+    def train(**changes: object) -> Mapping[str, Any]:
+        settings = TrainingSettings(
+            minimum_judged=4, ppo_updates=1, ppo_batch=4, ppo_response_tokens=4, **changes
+        )
+        round_ = Trainer(
+            settings=settings,
+            evaluation=EvaluationSettings(max_tokens=4, samples_per_prompt=1),
+            store=installation.store,
+            registry=installation.registry,
+            rounds=installation.rounds,
+            data_dir=installation.directory,
+            max_model_len=128,
+            make_sampler=lambda model_dir, _: TransformersSampler(model_dir),
+        ).run_once()
+        assert round_ is not None
+        assert round_.state == "done", round_.error
+        stages = installation.registry.version(round_.version or "").manifest.details["stages"]
+        return {"from": round_.config["reward_model_from"], **stages["reward_model"], **stages["dataset"]}
+
+    installation.give_feedback(seed=4)
+    first = train(reward_heads=2)
+    assert (first["from"], first["older"]) == (None, 0)
+    installation.give_feedback(seed=5)
+    second = train(reward_heads=3, reward_older_share=0.5, keep_rounds=1)
+    assert second["from"] == 1
+    assert 0.7 < second["older"] / (second["train"]["comparisons"] + second["train"]["judgements"]) <= 1
+    heads = load_file(installation.directory / "rounds" / "0002" / "reward_model" / "head.safetensors")
+    assert heads["head.weight"].shape == (3, 128)
+    assert {query.round_id for query in installation.store.queries(100)} == {2}
+    # Another trunk than the last round's: the last reward model is no start for it.
+    installation.give_feedback(seed=6)
+    other = tiny_model(installation.directory / "other", seed=3)
+    third = train(reward_backbone=str(other))
+    assert third["from"] is None
+
+
+def test_a_reward_backbone_with_another_vocabulary_is_refused_at_once(
+    installation: RoundInstallation, tmp_path: Path
+) -> None:
+    installation.give_feedback(seed=7)
+    other = tiny_model(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    swapped = tokenizer.backend_tokenizer.to_str().replace('"w1":', '"w99":')
+    (other / "tokenizer.json").write_text(swapped)
+    assert installation.start(TRAINING__REWARD_BACKBONE=str(other)).wait(timeout=60) == 1
+    (round_,) = installation.rounds.list()
+    assert round_.error is not None
+    assert round_.error.startswith("dataset: reward_backbone: ")
+    assert "vocabulary" in round_.error
 
 
 def test_only_one_trainer_works_at_a_time_and_one_that_is_stopped_is_gone_on_with(

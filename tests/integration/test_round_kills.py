@@ -71,6 +71,9 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     # A ranking that says "more w7" is easy: the reward model has to have learned it.
     accuracy = candidate.manifest.details["stages"]["reward_model"]["held_out_accuracy"]["serving"]["model"]
     assert accuracy["low"] > 0.7
+    asked = broken.store.queries(100)
+    assert len(asked) == 40
+    assert [query.spread for query in asked] == sorted((query.spread for query in asked), reverse=True)
 
     assert unbroken.start().wait(timeout=60) == 0  # nothing new: no second round
     assert len(unbroken.rounds.list()) == 1

@@ -9,7 +9,7 @@ from unit.training.tiny import END, WORDS, tiny_tokenizer
 from feedback.events import FEEDBACK, Event
 from feedback.records import Choice, Completion
 from feedback.store import Slice
-from training.dataset import Dataset, build, is_held_out
+from training.dataset import Dataset, build, is_held_out, rater_group, responses_of, with_older
 from training.settings import TrainingSettings
 
 _numbers = itertools.count()
@@ -33,11 +33,11 @@ def _completion(name: str, *, tokens: bool = True, prompt: str = "w1 w2", n: int
     )
 
 
-def _event(source: str = "serving", **feedback: Any) -> Event:
+def _event(source: str = "serving", rater_id: str = "k/", **feedback: Any) -> Event:
     return Event(
         event_id=str(next(_numbers)),
         key_id="k",
-        rater="k/",
+        rater=rater_id,
         source=source,
         received_at=0.0,
         feedback=FEEDBACK.validate_python(feedback),
@@ -158,3 +158,74 @@ def test_a_prompt_is_on_one_side_whatever_is_said_of_it() -> None:
 def test_the_held_out_share_is_kept() -> None:
     share = sum(is_held_out(str(i), 0.3) for i in range(4000)) / 4000
     assert share == pytest.approx(0.3, abs=0.03)
+
+
+def test_raters_weigh_as_the_settings_say_and_belong_to_a_group() -> None:
+    said = {"type": "ranking", "groups": [[_ref(0)], [_ref(1)]]}
+    events = [
+        _event(rater_id="k/ann", **said),
+        _event(rater_id="k/bob", **said, context={"group": "experts"}),
+        _event(rater_id="j/eve", **said),
+        _event(rater_id="k/ann", type="thumb", value="up", **_ref(0)),
+    ]
+    weights = {"k/ann": 0.5, "k/bob": 2.0, "j/eve": 0.0}
+    dataset = _build(events, _completion("c"), reward_rater_weights=weights)
+    found = [(item.weight, item.rater_group) for item in _all(dataset, "comparisons")]
+    assert found == [(0.5, "k"), (2.0, "experts")]
+    assert [(item.weight, item.rater_group) for item in _all(dataset, "judgements")] == [(0.5, "k")]
+    assert dataset.left_out["the rater's weight is 0"] == 1
+    assert rater_group(events[2]) == "j"
+
+
+def _many(first: int, count: int) -> Slice:
+    completions = [_completion(f"c{i}", prompt=f"w{i % 59} w{i // 59}") for i in range(first, first + count)]
+    events = [
+        _event(type="ranking", groups=[[_ref(0, completion.id)], [_ref(1, completion.id)]])
+        for completion in completions
+    ]
+    events.append(_event(type="demonstration", completion_id=completions[0].id, text="w5"))
+    return Slice(events, {completion.id: [completion] for completion in completions})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_older_data_makes_up_its_share_and_no_more(share: float) -> None:
+    settings = TrainingSettings(reward_older_share=share)
+    new = build(_many(0, 90), tiny_tokenizer(), settings).train
+    older = _many(200, 300)
+    side = with_older(new, older, tiny_tokenizer(), settings)
+    added = side.comparisons[len(new.comparisons) :]
+    assert side.comparisons[: len(new.comparisons)] == new.comparisons
+    assert len(added) <= share * len(side.comparisons)
+    assert len(added) >= 0.8 * share * len(side.comparisons)
+    assert not any(is_held_out(item.prompt.key, settings.held_out_share) for item in added)
+    assert len({item.prompt.key for item in added}) == len(added)
+    assert side.demonstrations == new.demonstrations
+    assert with_older(new, older, tiny_tokenizer(), settings) == side
+    if share:
+        other = settings.model_copy(update={"seed": 1})
+        assert with_older(new, older, tiny_tokenizer(), other).comparisons != side.comparisons
+
+
+def test_few_older_data_are_all_taken_from_the_training_side() -> None:
+    settings = TrainingSettings(reward_older_share=0.5)
+    new, older = build(_many(0, 90), tiny_tokenizer(), settings).train, _many(200, 10)
+    side = with_older(new, older, tiny_tokenizer(), settings)
+    expected = build(older, tiny_tokenizer(), settings).train.comparisons
+    assert sorted(i.prompt.key for i in side.comparisons[len(new.comparisons) :]) == sorted(
+        i.prompt.key for i in expected
+    )
+
+
+def test_responses_of_recorded_completions_keep_their_index() -> None:
+    record = Completion(
+        id="c",
+        key_id="k",
+        endpoint="chat",
+        created_at=0.0,
+        prompt_token_ids=[5],
+        choices=[Choice(index=i, text="", token_ids=ids) for i, ids in ((2, [7, END]), (3, []), (4, [8]))],
+    )
+    settings = TrainingSettings()
+    ((prompt, responses),) = responses_of([record], tiny_tokenizer(), settings)
+    assert prompt.token_ids == [5]
+    assert responses == [(2, [7, END]), (3, [END]), (4, [8])]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from training.losses import generalised_advantages, policy_loss, token_rewards, value_loss
-from training.reward_model import PointwiseLoss, pair_outcomes, ranking_loss
+from training.reward_model import PointwiseLoss, ranking_loss
+from training.reward_quality import calibration, pair_outcomes, within_correlation
 
 
 def _mask(lengths: list[int], width: int) -> torch.Tensor:
@@ -28,6 +29,12 @@ def test_ranking_loss_is_the_mean_over_untied_pairs() -> None:
     )
 
 
+def test_ranking_loss_of_heads_is_each_heads_own() -> None:
+    scores, ranks = torch.randn(5, 3), [1, 2, 0, 1, 2]
+    by_head = ranking_loss(scores, ranks)
+    assert by_head.tolist() == pytest.approx([float(ranking_loss(scores[:, h], ranks)) for h in range(3)])
+
+
 def test_ranking_loss_falls_along_its_gradient() -> None:
     scores = torch.tensor([0.0, 0.1, 0.2], requires_grad=True)
     loss = ranking_loss(scores, [0, 1, 2])
@@ -41,7 +48,7 @@ def test_pointwise_offsets_are_one_a_kind() -> None:
     loss = PointwiseLoss()
     with torch.no_grad():
         loss.offsets["thumb"].fill_(2.0)
-    score = torch.tensor(-0.5)
+    score = torch.tensor([-0.5])
     expected = -math.log(1 / (1 + math.exp(-1.5)))
     assert loss(score, 1.0, "thumb").item() == pytest.approx(expected, rel=1e-5)
     half = -0.5 * math.log(1 / (1 + math.exp(0.5))) - 0.5 * math.log(1 - 1 / (1 + math.exp(0.5)))
@@ -50,6 +57,53 @@ def test_pointwise_offsets_are_one_a_kind() -> None:
 
 def test_pair_outcomes_count_ties_of_values_half() -> None:
     assert pair_outcomes([1.0, 0.0, 1.0], [0, 1, 1]) == [1.0, 0.5]
+
+
+def test_calibration_error_is_the_mean_gap_of_the_bins() -> None:
+    random.seed(2)
+    differences = [random.gauss(0.4, 1.5) for _ in range(300)] + [0.0, 40.0, -40.0]
+    error, bins = calibration(differences)
+    total = 0.0
+    for i, found in enumerate(bins):
+        low, high = 0.5 + 0.05 * i, 0.55 + 0.05 * i
+        inside = [
+            (1 / (1 + math.exp(-abs(d))), 0.5 if d == 0 else float(d > 0))
+            for d in differences
+            if low < 1 / (1 + math.exp(-abs(d))) <= high or (i == 0 and d == 0)
+        ]
+        assert found.pairs == len(inside)
+        confidence = sum(c for c, _ in inside) / len(inside)
+        accuracy = sum(right for _, right in inside) / len(inside)
+        assert found.confidence == pytest.approx(confidence)
+        assert found.accuracy == pytest.approx(accuracy)
+        total += len(inside) * abs(confidence - accuracy)
+    assert error == pytest.approx(total / len(differences))
+    assert calibration([])[0] is None
+
+
+def test_calibration_is_good_where_outcomes_follow_the_probabilities() -> None:
+    random.seed(3)
+    honest = []
+    for _ in range(20_000):
+        d = abs(random.gauss(0, 1.5))
+        honest.append(d if random.random() < 1 / (1 + math.exp(-d)) else -d)
+    error, _ = calibration(honest)
+    boastful, _ = calibration([3 * d for d in honest])
+    assert error is not None
+    assert boastful is not None
+    assert error < 0.015
+    assert boastful > 0.1
+
+
+def test_length_correlation_is_within_prompts() -> None:
+    scores, lengths = [[1.0, 3.0, 2.0], [10.0, 9.0]], [[100.0, 90.0, 80.0], [5.0, 7.0]]
+    x, y = [-1.0, 1.0, 0.0, 0.5, -0.5], [10.0, 0.0, -10.0, -1.0, 1.0]
+    expected = sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(
+        sum(a * a for a in x) * sum(b * b for b in y)
+    )
+    assert within_correlation(scores, lengths) == pytest.approx(expected)
+    assert within_correlation([[1.0, 2.0]], [[3.0, 3.0]]) is None
+    assert within_correlation([], []) is None
 
 
 def test_token_rewards_put_the_score_on_the_last_token() -> None:

@@ -182,10 +182,10 @@ def test_the_critic_starts_as_the_reward_model(model_dir: Path) -> None:
 
 
 def _random_reward_model(model_dir: Path) -> RewardModel:
-    reward_model = RewardModel.from_decoder(model_dir)
+    reward_model = RewardModel.from_decoder(model_dir, heads=2)
     torch.nn.init.normal_(reward_model.head.weight)
-    reward_model.offset.fill_(0.3)
-    reward_model.scale.fill_(2.5)
+    reward_model.offset.copy_(torch.tensor([0.3, -0.1]))
+    reward_model.scale.copy_(torch.tensor([2.5, 0.7]))
     return reward_model
 
 
