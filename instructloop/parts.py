@@ -88,7 +88,13 @@ def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
 
 def train_once(config: Config, minimum_events: int) -> int:
     """Run one round; exit code 0 also when there was nothing to learn from, 1 when it failed."""
-    round_ = _trainer(config).run_once(minimum_events=minimum_events)
+    from training import processes
+
+    trainer = _trainer(config)
+    if not processes.is_first():
+        trainer.follow()
+        return 0
+    round_ = trainer.run_once(minimum_events=minimum_events)
     if round_ is None:
         print("no round: there is not enough new feedback")
         return 0
@@ -118,7 +124,13 @@ def repeat_round(config: Config, number: int, overrides: Mapping[str, Any]) -> i
 
 def train_every(config: Config, seconds: float, minimum_events: int, stop: threading.Event) -> int:
     """Run rounds until `stop`; a request over HTTP starts one at once."""
-    _trainer(config).run_every(seconds, minimum_events, stop)
+    from training import processes
+
+    trainer = _trainer(config)
+    if processes.is_first():
+        trainer.run_every(seconds, minimum_events, stop)
+    else:
+        trainer.follow()
     return 0
 
 

@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, scores_and_spreads
+from training import processes
 from training.dataset import Comparison, Side
 from training.policy import Policy, with_adapter
 from training.ppo import PPO, KeepSamples
@@ -136,7 +137,7 @@ def rloo(task: Task, reward: Reward) -> PreTrainedModel:
         **_arguments(task, settings.ppo_learning_rate),
         max_steps=updates * steps_an_update,
         logging_steps=steps_an_update,
-        per_device_train_batch_size=settings.ppo_batch // settings.ppo_mini_batches,
+        per_device_train_batch_size=settings.ppo_batch // settings.ppo_mini_batches // processes.count(),
         steps_per_generation=settings.ppo_mini_batches,
         num_iterations=settings.ppo_epochs,
         num_generations=settings.rloo_samples,
@@ -272,7 +273,7 @@ def _preference_arguments(task: Task, rows: int) -> dict[str, Any]:
         **_arguments(task, settings.preference_learning_rate),
         "max_steps": min(steps, task.updates or steps),
         "logging_steps": 1,
-        "per_device_train_batch_size": settings.preference_batch,
+        "per_device_train_batch_size": max(1, settings.preference_batch // processes.count()),
         "max_length": None,
     }
 

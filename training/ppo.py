@@ -31,6 +31,7 @@ from trl.experimental.ppo.ppo_trainer import masked_whiten
 from evaluation.contest import Prompt
 from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
+from training import processes
 from training.critic import Critic
 from training.logprobs import (
     before_each_token,
@@ -236,7 +237,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         count = batch // each
         prompts = in_passes(self._prompts, update * count, count, self.args.seed)
         seed = (self.args.seed * 1_000_003 + update) * batch
-        groups = self._from_first(
+        groups = processes.from_first(
             lambda: self._rollouts.sample(self.policy_model, prompts, update, n=each, seed=seed)
         )
         samples = [sample for group in groups for sample in group]
@@ -287,7 +288,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         self.state.episode += self._settings.ppo_batch
         self.state.epoch = self.state.episode / len(self._prompts)
         self.log(figures | {"lr": self.optimizer.param_groups[0]["lr"]})
-        if self._keep_samples is not None:
+        if self._keep_samples is not None and processes.is_first():
             self._keep_samples(self.state.global_step, self._shown(episodes))
         if self._settings.ppo_kl_target:
             self._kl_coefficient = adapted_kl_coefficient(
@@ -398,8 +399,8 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         assert episodes.advantages is not None and episodes.returns is not None
         trunk, head = trunk_and_head(self.policy_model)
         tokens = int(episodes.mask[episodes.of(prompts)].sum())
-        totals: dict[str, Tensor] = {}
-        for group in self._passes(episodes, self._own(prompts)):
+        all_figures: list[dict[str, float]] = []
+        for group in self._passes(episodes, processes.own(prompts)):
             rows = episodes.of(group)
             mask = episodes.mask[rows]
             packed = pack(episodes.items(group))
@@ -426,9 +427,8 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 "policy/approxkl_avg": 0.5 * difference.square().mean(),
                 "val/ratio": difference.exp().mean(),
             }
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() * share
-        return self._summed(totals)
+            all_figures.append({name: float(value.detach()) * share for name, value in figures.items()})
+        return processes.summed(all_figures)
 
     def _pretraining(self, step: int) -> dict[str, float]:
         """Add the gradient of the pretraining texts' loss (Ouyang et al. 2022, equation 2)."""
@@ -437,24 +437,23 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             return {}
         number = self.state.global_step * settings.ppo_epochs * settings.ppo_mini_batches + step
         texts = self._texts.batch(number, settings.ppo_ptx_batch, self.args.seed)
-        totals: dict[str, Tensor] = {}
-        own = [texts[i] for i in self._own(range(len(texts)))]
+        all_figures: list[dict[str, float]] = []
+        own = [texts[i] for i in processes.own(range(len(texts)))]
         for group in rows_by_tokens([len(text) for text in own], TOKENS_A_PASS):
             pieces = [(own[i][:1], [own[i][1:]]) for i in group]
             logprobs, _ = response_logprobs(self.policy_model, pieces, temperature=1.0)
             share = len(group) / len(texts)
             loss = -logprobs.mean()
             self.accelerator.backward(settings.ppo_ptx_coefficient * loss * share)
-            totals["loss/ptx_avg"] = totals.get("loss/ptx_avg", 0.0) + loss.detach() * share
-        return self._summed(totals)
+            all_figures.append({"loss/ptx_avg": float(loss.detach()) * share})
+        return processes.summed(all_figures)
 
     def _step(self) -> float:
         """Step the optimiser and the weights' average; returns the gradient's norm.
 
         Raises FloatingPointError, with the weights as they were, where the gradient is not finite.
         """
-        if self.accelerator.num_processes > 1:
-            self._add_up_gradients()
+        processes.add_up_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         norm = nn.utils.clip_grad_norm_(self._learning, self.args.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError("the policy's gradient is not finite")
@@ -465,41 +464,10 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 average.lerp_(parameter, 1 - self._settings.ppo_ema_decay)
         return float(norm)
 
-    # -- one process or several: each takes every n-th prompt, and sums make the others' results its own
-
-    def _from_first(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` gives in the first process."""
-        if self.accelerator.num_processes == 1:
-            return make()
-        found = [make() if self.accelerator.is_main_process else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
-
-    def _own(self, indices: Sequence[int]) -> list[int]:
-        # By the number itself: in every mini-batch a prompt is with the process that has its features.
-        of, mine = self.accelerator.num_processes, self.accelerator.process_index
-        return [index for index in indices if index % of == mine]
-
     def _all(self, compute: Callable[[Sequence[list[int]]], Tensor], episodes: Episodes) -> Tensor:
         """Return the tensor of which `compute` fills in the rows of the passes that it is given."""
-        own = self._own(range(len(episodes.prompts)))
-        result: Tensor = self.accelerator.reduce(compute(list(self._passes(episodes, own))), reduction="sum")
-        return result
-
-    def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        found: list[dict[str, float]] = [{name: float(value) for name, value in totals.items()}]
-        if self.accelerator.num_processes > 1:
-            found = [{} for _ in range(self.accelerator.num_processes)]
-            torch.distributed.all_gather_object(found, {name: float(value) for name, value in totals.items()})
-        names = dict.fromkeys(name for figures in found for name in figures)
-        return {name: sum(figures.get(name, 0.0) for figures in found) for name in names}
-
-    def _add_up_gradients(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        own = processes.own(range(len(episodes.prompts)))
+        return processes.added_up(compute(list(self._passes(episodes, own))))
 
     def _passes(self, episodes: Episodes, prompts: Sequence[int]) -> Iterator[list[int]]:
         """Divide the prompts with their responses into passes of like size."""
@@ -510,7 +478,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
     # -- checkpoints
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
+        if not processes.is_first():
             return
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         staging = self._checkpoint.with_suffix(".partial")

@@ -5,6 +5,7 @@ how good it is on rankings that it has not seen is `training/reward_quality.py`.
 Shapes: K responses to one prompt, N items of a side, H heads.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,6 +29,7 @@ from evaluation.reward_model import (
     pack,
     rows_by_tokens,
 )
+from training import processes
 from training.dataset import Comparison, Judgement, Side
 from training.reward_quality import pair_outcomes
 from training.settings import TrainingSettings
@@ -141,6 +143,7 @@ def fit(model: RewardModel, side: Side, settings: TrainingSettings, report: Repo
         for start in range(0, len(items), settings.reward_batch):
             batch = order[start : start + settings.reward_batch]
             figures = _step(model, pointwise, [items[i] for i in batch], weights[batch])
+            processes.add_up_gradients([*model.parameters(), *pointwise.parameters()])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -154,27 +157,30 @@ def _step(
     model: RewardModel, pointwise: PointwiseLoss, batch: Sequence[Item], weights: Tensor
 ) -> dict[str, float]:
     """Accumulate the gradient of a batch's weighted mean loss, in passes of bounded size."""
-    total, pairs, right = 0.0, 0, 0.0
+    found: list[dict[str, float]] = []
     packs = [_packable(item) for item in batch]
-    sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in packs]
-    for group in rows_by_tokens(sizes, TOKENS_A_PASS):
+    own = processes.own(range(len(batch)))
+    sizes = [len(packs[i][0]) + sum(map(len, packs[i][1])) for i in own]
+    for positions in rows_by_tokens(sizes, TOKENS_A_PASS):
+        group = [own[position] for position in positions]
         with autocast():
             scores = model(pack([packs[i] for i in group]))  # (sum of K, H)
-        losses = []
-        for index, own in zip(group, scores.split([len(packs[i][1]) for i in group]), strict=True):
+        losses, outcomes = [], []
+        for index, of_item in zip(group, scores.split([len(packs[i][1]) for i in group]), strict=True):
             item = batch[index]
             if isinstance(item, Comparison):
-                losses.append(ranking_loss(own, item.ranks))
-                correct = pair_outcomes(own.mean(-1).tolist(), item.ranks)
-                pairs, right = pairs + len(correct), right + sum(correct)
+                losses.append(ranking_loss(of_item, item.ranks))
+                outcomes += pair_outcomes(of_item.mean(-1).tolist(), item.ranks)
             else:
-                losses.append(pointwise(own[0], item.target, item.kind))
+                losses.append(pointwise(of_item[0], item.target, item.kind))
         loss = (torch.stack(losses) * weights[group]).mean(-1).sum() / len(batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError("the reward model's loss is not finite; lower reward_learning_rate")
         loss.backward()
-        total += loss.item()
-    return {"loss": total} | ({"accuracy": right / pairs} if pairs else {})
+        found.append({"loss": loss.item(), "pairs": len(outcomes), "right": sum(outcomes)})
+    total = processes.summed(found)
+    if not math.isfinite(total["loss"]):
+        raise FloatingPointError("the reward model's loss is not finite; lower reward_learning_rate")
+    accuracy = {"accuracy": total["right"] / total["pairs"]} if total["pairs"] else {}
+    return {"loss": total["loss"]} | accuracy
 
 
 def _packable(item: Item) -> tuple[TokenIds, Sequence[TokenIds]]:

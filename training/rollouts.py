@@ -17,12 +17,13 @@ from training.policy import Policy, write_checkpoint
 class Rollouts:
     """The current policy's responses, through `sampler`, by way of checkpoints in `directory`.
 
-    The weights of each update and of the one before stay there, in bfloat16, under the update's number.
+    The weights of each update and of the one before stay there, in bfloat16, under the update's number. A
+    process that is not the first of several has no sampler, and is never asked for responses.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler | None,
         tokenizer: PreTrainedTokenizerBase,
         directory: Path,
         *,
@@ -39,6 +40,7 @@ class Rollouts:
         self, policy: Policy, prompts: Sequence[Prompt], update: int, *, n: int, seed: int
     ) -> list[list[Sample]]:
         """`n` responses to each prompt with the policy's weights as they are at this update."""
+        assert self._sampler is not None
         checkpoint = self.checkpoint(update)
         write_checkpoint(policy, self._tokenizer, checkpoint)
         for other in self._directory.iterdir():

@@ -27,10 +27,11 @@ from feedback.records import Completion
 from feedback.store import ResponseScore, Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
+from training import processes
 from training.algorithms import Task, train
 from training.dataset import Dataset, Side, build, responses_of, with_older
 from training.logprobs import total_logprobs
-from training.policy import load_policy, write_checkpoint
+from training.policy import Policy, load_policy, write_checkpoint
 from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
 from training.reward_model import Report, check_backbone, fit
@@ -65,7 +66,8 @@ class RoundRun:
     """One round's run through the stages, in its own `directory` beside those of the other rounds.
 
     `make_sampler` starts the engine for rollouts and held-out answers, when a stage first needs it; `track`
-    gets every figure that is stored.
+    gets every figure that is stored. Of several processes (`training/processes.py`) each makes its own run of
+    the same round, and the first one's does all that is not fitting a model.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class RoundRun:
         """Run the stages that are left; return the verdict and the candidate's name."""
         try:
             self._prepare()
-            self._stage("ppo", self._ppo)
+            self._stage("ppo", self._ppo, together=True)
             version = self._stage("publish", self._publish)["version"]
             verdict = self._stage("gate", lambda: self._gate(version))
         finally:
             self._close()
-        self._act(version, verdict)
+        if processes.is_first():
+            self._act(version, verdict)
         return verdict, version
 
     def _prepare(self) -> None:
@@ -109,9 +112,9 @@ class RoundRun:
         self._directory.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(self._settings.threads or torch.get_num_threads())
         self._stage("dataset", self._describe_dataset)
-        self._stage("sft", self._sft)
-        self._stage("reward_model", self._reward_model)
-        self._stage("judge", self._judge)
+        self._stage("sft", self._sft, together=True)
+        self._stage("reward_model", self._reward_model, together=True)
+        self._stage("judge", self._judge, together=True)
         self._stage("select", self._select)
 
     def _close(self) -> None:
@@ -119,21 +122,32 @@ class RoundRun:
         if self._sampler is not None:
             self._sampler.close()
 
-    def _stage(self, name: str, run: Callable[[], Result]) -> Result:
-        """Return what stage `name` left behind, after running it if it has not ended yet."""
+    def _stage(self, name: str, run: Callable[[], Result], *, together: bool = False) -> Result:
+        """Return what stage `name` left behind, after running it if it has not ended yet.
+
+        Where there are several processes all of them run it `together`, or else only the first does.
+        """
         done = self._directory / f"{name}.json"
-        if not done.exists():
-            self._rounds.stage(self._round.id, name, "running")
-            self._refuse_to_die_again(name)
-            torch.manual_seed(self._settings.seed)
-            result = run()
-            staging = done.with_suffix(".partial")
-            staging.write_text(json.dumps(result, indent=1))
-            # The row first: once the file is there, nobody looks at this stage again.
-            self._rounds.stage(self._round.id, name, "done", result)
-            staging.rename(done)
+        if processes.from_first(lambda: not done.exists()):
+            if processes.is_first():
+                self._run_stage(name, run, done)
+            elif together:
+                torch.manual_seed(self._settings.seed)
+                run()
+            processes.wait_for_all()
         found: Result = json.loads(done.read_text())
         return found
+
+    def _run_stage(self, name: str, run: Callable[[], Result], done: Path) -> None:
+        self._rounds.stage(self._round.id, name, "running")
+        self._refuse_to_die_again(name)
+        torch.manual_seed(self._settings.seed)
+        result = run()
+        staging = done.with_suffix(".partial")
+        staging.write_text(json.dumps(result, indent=1))
+        # The row first: once the file is there, nobody looks at this stage again.
+        self._rounds.stage(self._round.id, name, "done", result)
+        staging.rename(done)
 
     def _refuse_to_die_again(self, name: str) -> None:
         """Raise RoundRefused for a stage that was begun too often: what kills it leaves no error."""
@@ -175,8 +189,7 @@ class RoundRun:
         target, checkpoints = self._directory / "sft", self._directory / "sft_epochs"
         demonstrations = self._dataset.train.demonstrations
         if len(demonstrations) < self._settings.sft_minimum:
-            model = load_policy(self._parent.path)
-            write_checkpoint(model, self._tokenizer, target)
+            self._write(load_policy(self._parent.path), target)
             return {
                 "skipped": f"{len(demonstrations)} demonstrations, {self._settings.sft_minimum} are needed"
             }
@@ -186,7 +199,7 @@ class RoundRun:
         def epoch_end(epoch: int, loss: float, policy: PreTrainedModel) -> None:
             epochs.append({"epoch": epoch, "loss": loss, "kept": epoch in kept})
             if epoch in kept:
-                write_checkpoint(policy, self._tokenizer, checkpoints / str(epoch))
+                self._write(policy, checkpoints / str(epoch))
 
         with self._progress("sft") as report:
             model = fine_tune(
@@ -198,7 +211,7 @@ class RoundRun:
                 report=report,
                 epoch_end=epoch_end,
             )
-        write_checkpoint(model, self._tokenizer, target)
+        self._write(model, target)
         return {"demonstrations": len(demonstrations), "epochs": epochs}
 
     def _reward_model(self) -> Result:
@@ -207,7 +220,8 @@ class RoundRun:
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
         side, new = self._with_older(), self._dataset.train
         model = self._fit(side, "reward_model", start)
-        self._score_for_queries(model)
+        if processes.is_first():
+            self._score_for_queries(model)
         older = len(side.comparisons) + len(side.judgements) - len(new.comparisons) - len(new.judgements)
         return {"older": older, **self._quality(model, "reward_model", self._dataset.held_out)}
 
@@ -247,7 +261,7 @@ class RoundRun:
         """Train the policy by the configured algorithm."""
         with self._progress("ppo") as report:
             policy, details = train(self._task(self._settings, self._directory / "ppo", report))
-        write_checkpoint(policy, self._tokenizer, self._directory / "candidate")
+        self._write(policy, self._directory / "candidate")
         return {"algorithm": self._settings.algorithm, **details}
 
     def _publish(self) -> Result:
@@ -309,7 +323,7 @@ class RoundRun:
             prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
             reward_model=self._directory / "reward_model",
             rollouts=Rollouts(
-                self._engine,
+                self._engine if processes.is_first() else None,
                 self._tokenizer,
                 self._directory / "rollout",
                 max_tokens=settings.ppo_response_tokens,
@@ -393,7 +407,8 @@ class RoundRun:
             model = RewardModel.from_decoder(source, heads)
         with self._progress(name) as report:
             fit(model, side, self._settings, report)
-        model.save(self._directory / name)
+        if processes.is_first():
+            model.save(self._directory / name)
         return model
 
     def _quality(self, model: RewardModel, stage: str, unseen: Side) -> Result:
@@ -405,7 +420,13 @@ class RoundRun:
     def _progress(self, stage: str) -> Progress:
         return Progress(stage, lambda step, figures: self._keep(stage, step, figures))
 
+    def _write(self, policy: Policy, directory: Path) -> None:
+        if processes.is_first():
+            write_checkpoint(policy, self._tokenizer, directory)
+
     def _keep(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+        if not processes.is_first():
+            return
         self._rounds.metric(self._round.id, stage, step, figures)
         self._track(stage, step, figures)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from evaluation.reward_model import DEVICE
+from training import processes
 from training.dataset import Demonstration
 from training.policy import load_policy
 from training.progress import ReportedLogs
@@ -46,7 +47,7 @@ def fine_tune(
         learning_rate=settings.sft_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=2,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=max(1, 8 // processes.count()),
         gradient_checkpointing=False,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),

@@ -19,6 +19,7 @@ from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
+from training import processes
 from training.disk import check_space, tidy
 from training.failures import explain
 from training.round import Result, RoundRefused, RoundRun, SamplerFactory
@@ -152,10 +153,26 @@ class Trainer:
             logger.exception("round %d failed", round_.id)
             error = explain(self._rounds.get(round_.id).stage or "start", problem)
             self._rounds.finish(round_.id, "failed", error=error)
+            if processes.count() > 1:
+                # The others are somewhere inside the stage: whoever started them all ends them with this one.
+                raise SystemExit(f"round {round_.id} failed: {error}") from problem
         else:
             self._rounds.finish(round_.id, "done", version=version, verdict=verdict)
         self._tidy()
         return self._rounds.get(round_.id)
+
+    def follow(self) -> None:
+        """Run the rounds of the first process with it, in one of the others, until it has no more."""
+        while (round_ := processes.from_first(lambda: None)) is not None:
+            RoundRun(
+                round_,
+                self._root / f"{round_.id:04d}",
+                store=self._store,
+                registry=self._registry,
+                rounds=self._rounds,
+                make_sampler=self._make_sampler,
+                track=lambda *_: None,
+            ).run()
 
     def _run(self, round_: Round) -> tuple[Result, str]:
         directory = self._root / f"{round_.id:04d}"
@@ -167,6 +184,7 @@ class Trainer:
             directory=directory,
             config=round_.config,
         ) as trackers:
+            processes.from_first(lambda: round_)  # the others follow
             return RoundRun(
                 round_,
                 directory,
@@ -255,3 +273,4 @@ class Trainer:
                     f"another trainer holds {self._root / 'lock'}: stop it, or `instructloop up`, first"
                 ) from None
             yield
+            processes.from_first(lambda: None)  # no more rounds to follow
