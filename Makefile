@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test lint bench format defaults lock clean
+.PHONY: up test lint bench bench-ppo bench-quality format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -33,6 +33,16 @@ test: lint
 bench: .venv/.installed
 	@echo '==> the reward model on HH-RLHF (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.reward_model_on_hh
+
+# About ten minutes on two cores.
+bench-ppo: .venv/.installed
+	@echo '==> one PPO update beside stock TRL'
+	@$(RUN) tests.benchmarks.ppo_against_trl
+
+# About three quarters of an hour on two cores.
+bench-quality: .venv/.installed
+	@echo '==> what PPO gains by a gold preference, over three seeds'
+	@$(RUN) tests.benchmarks.ppo_quality
 
 format: .venv/.installed
 	@$(RUN) ruff check --fix $(PACKAGES) tests docker

@@ -1,6 +1,6 @@
-"""Answers prompts as a given version: a vLLM engine of its own, beside the one that serves.
+"""Answers prompts as a given version: a vLLM engine of its own beside the one that serves, or Transformers.
 
-Owns the offline engine and the loading of weights into it. It is the only file beside `server/engine.py`
+Owns the offline engines and the loading of weights into them. It is the only file beside `server/engine.py`
 that imports vLLM. What is asked and how answers are judged is decided elsewhere.
 """
 
@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+
+from evaluation.reward_model import DEVICE
 
 DEFAULT_ARGUMENTS: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -88,20 +92,89 @@ class VllmSampler:
         self, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float, seed: int
     ) -> list[list[Sample]]:
         """`n` responses to each prompt; the same `seed` gives the same responses on the same engine."""
-        from vllm import SamplingParams  # noqa: PLC0415
-
         # One seed a prompt: with one seed for all, equal prompts would get equal answers.
-        params = [
-            SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, seed=seed + i, logprobs=0)
-            for i in range(len(prompts))
-        ]
+        params = [self._parameters(n, max_tokens, temperature, seed + i) for i in range(len(prompts))]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results = self._llm.generate(requests, params, use_tqdm=False)
         return [[_sample(output) for output in result.outputs] for result in results]
 
+    def _parameters(self, n: int, max_tokens: int, temperature: float, seed: int) -> Any:
+        from vllm import SamplingParams  # noqa: PLC0415
+
+        return SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
+
     def close(self) -> None:
         """End the engine's process."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+class TransformersSampler:
+    """Hugging Face's own `generate`, in this process: slower than vLLM, but runs wherever training does."""
+
+    def __init__(self, model_dir: Path, *, batch: int = 16) -> None:
+        self._batch = batch
+        self.load(model_dir)
+
+    def load(self, model_dir: Path) -> None:
+        """Read the model anew, in bfloat16 as vLLM does."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+        self._model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.bfloat16).to(DEVICE)
+        self._tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[Sample]]:
+        """`n` responses to each prompt; the same call gives the same responses."""
+        wanted = [list(prompt) for prompt in prompts for _ in range(n)]
+        samples: list[Sample] = []
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            for start in range(0, len(wanted), self._batch):
+                samples += self._generate(wanted[start : start + self._batch], max_tokens, temperature)
+        return [samples[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        del self._model
+
+    def _generate(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[Sample]:
+        width = max(map(len, prompts))
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=DEVICE)
+        ends = self._ends()
+        found = self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+            eos_token_id=ends or None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = found.sequences[:, width:]
+        logits = torch.stack(found.logits, 1).float() / (temperature or 1.0)  # (B, T, V)
+        logprobs = logits.log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)
+        return [
+            self._sample(own, of_own, ends)
+            for own, of_own in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
+
+    def _sample(self, tokens: list[int], logprobs: list[float], ends: list[int]) -> Sample:
+        ended = next((at for at, token in enumerate(tokens) if token in ends), None)
+        length = len(tokens) if ended is None else ended + 1
+        text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return Sample(tokens[:length], logprobs[:length], text, "length" if ended is None else "stop")
+
+    def _ends(self) -> list[int]:
+        found = self._model.generation_config.eos_token_id
+        if found is None:
+            found = self._tokenizer.eos_token_id
+        return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def _set_environment() -> None:

@@ -97,7 +97,7 @@ def compare_algorithms(
     from feedback.store import Store
     from registry.rounds import Rounds
     from training import compare
-    from training.trainer import vllm_sampler
+    from training.trainer import sampler_of
 
     engine = installation.open_database(config)
     store, registry = Store(engine, config.store.waiting_hours), installation.open_registry(config, engine)
@@ -109,7 +109,7 @@ def compare_algorithms(
         budget=compare.Budget(budget_seconds),
         store=store,
         registry=registry,
-        make_sampler=vllm_sampler(config.server.max_model_len),
+        make_sampler=lambda model_dir, chosen: sampler_of(model_dir, chosen, config.server.max_model_len),
     )
     compared = run.compare(algorithms, range(config.training.seed, config.training.seed + seeds))
     compare.write(compared, output)

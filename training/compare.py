@@ -28,8 +28,8 @@ from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds, UnknownRound
 from training.algorithms import train
+from training.policy import Policy, load_policy, write_checkpoint
 from training.reward_model import Report
-from training.rollouts import load_policy, write_checkpoint
 from training.round import Result, RoundRun, SamplerFactory, kl_from
 from training.settings import TrainingSettings
 
@@ -198,14 +198,15 @@ class ComparisonRun(RoundRun):
             "sft_answers": [samples[0].text for samples in self._answers_of_sft(seed)[:SHOWN_PROMPTS]],
         }
 
-    def _timed(self, settings: TrainingSettings, updates: int, report: Report) -> tuple[float, Any]:
+    def _timed(self, settings: TrainingSettings, updates: int, report: Report) -> tuple[float, Policy]:
         """Return the compute used before training, and the trained policy."""
         work = self._directory / "algorithm"
         shutil.rmtree(work, ignore_errors=True)  # what a killed run left must not save this one its compute
         task = self._task(settings, work, report, updates)  # starts the engine, which is nobody's expense
         torch.manual_seed(settings.seed)
         start = compute_seconds()
-        return start, train(task)
+        policy, _ = train(task)
+        return start, policy
 
     def _answers_of_sft(self, seed: int) -> list[list[Sample]]:
         if seed not in self._sft_answers:

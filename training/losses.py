@@ -40,15 +40,37 @@ def generalised_advantages(
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    new: Tensor, old: Tensor, advantages: Tensor, clip: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Clipped surrogate loss of tokens (N,) and the share of tokens on which the clip decides.
 
     -min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = exp(new - old) (Schulman et al. 2017,
-    arXiv 1707.06347, equation 7).
+    arXiv 1707.06347, equation 7), each token times its importance weight where `weights` (N,) are given.
     """
     ratio = (new - old).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(free, clipped).mean(), (clipped > free).float().mean()
+    losses = torch.maximum(free, clipped)
+    if weights is not None:
+        losses = losses * weights
+    return losses.mean(), (clipped > free).float().mean()
+
+
+def importance_weights(trainer: Tensor, engine: Tensor, limit: float = 2.0) -> Tensor:
+    """min(pi_trainer / pi_engine, limit) of each token, from the two policies' logprobs, all of one shape.
+
+    Corrects for tokens that an engine sampled from slightly other probabilities than the trainer's (truncated
+    importance sampling, Ionides 2008; for engines: Yao et al. 2025).
+    """
+    return (trainer - engine).exp().clamp(max=limit)
+
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """Return the KL coefficient after an update whose mean KL was `kl`, in nats a response as `target` is.
+
+    beta (1 + 0.1 clip(kl / target - 1, -0.2, 0.2)) (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+    """
+    return coefficient * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:

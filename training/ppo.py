@@ -1,24 +1,25 @@
 """The PPO stage on TRL's trainer: its configuration, state and callbacks, with a step of our own.
 
 TRL 1.12.0 is the last release with `PPOTrainer`, and only this file imports it. The step differs from TRL's
-where that wastes time or teaches the wrong thing: responses come from the rollout engine, logits are computed
-for response tokens only, the end-of-turn token counts, and the critic is a value head on the reward model's
-frozen trunk, so that one pass gives both the score and the values.
-Shapes: B episodes of an update, R the longest response, T prompt and response, N response tokens, D width,
-V vocabulary.
+where that wastes time or teaches the wrong thing: responses come from the rollout engine, and so do their
+logprobs as long as they agree with the trainer's; logits are computed for response tokens only; the responses
+to one prompt share its pass; the end-of-turn token counts; and the critic can be a value head on the reward
+model's frozen trunk, so that one pass gives both the score and the values. Added are the pretraining mix, an
+adaptive KL coefficient, a KL budget, a guard against steps that are not finite and an average of the weights.
+Shapes: B episodes of an update, K of them to each prompt, R the longest response, N response tokens, D width.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -28,27 +29,53 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl.experimental.ppo.ppo_trainer import masked_whiten
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import DEVICE, RewardModel, autocast, pack, rows_by_tokens
+from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
-from training.logprobs import before_each_token, response_logprobs
-from training.losses import generalised_advantages, policy_loss, token_rewards, value_loss
+from training.critic import Critic
+from training.logprobs import (
+    before_each_token,
+    response_logprobs,
+    response_states,
+    response_tokens,
+    token_logprobs,
+)
+from training.losses import (
+    adapted_kl_coefficient,
+    generalised_advantages,
+    importance_weights,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
+from training.policy import Policy, freeze, frozen_copy, load_policy, trunk_and_head, without_adapter
+from training.pretraining import PretrainingTexts, in_passes
 from training.reward_model import Report
-from training.rollouts import Rollouts, prompts_of_update
+from training.rollouts import Rollouts
 from training.settings import TrainingSettings
 
 TOKENS_A_PASS = 1024
 
-LOGPROB_GAP_BOUND = 0.2
+GAP_LIMIT = 0.5
 """Mean distance in nats between the engine's and the trainer's logprobs; beyond it they are two policies."""
+
+GAP_TOKENS = 256
+"""On about so many response tokens of an update the engine's logprobs are checked."""
+
+RETREATS = 3
+"""How often PPO goes back to its last checkpoint, with half the learning rate, before it gives up."""
+
+KeepSamples = Callable[[int, list[dict[str, Any]]], None]
 
 
 @dataclass(slots=True)
 class Episodes:
     """The experience of one update, on response tokens; tensors are (B, R), false or zero behind a response.
 
-    `old_logprobs` are the sampling policy's as the trainer computes them, `ref_logprobs` the reference
-    policy's; `features` (B, R, D) are the critic's hidden states before each token, `scores` (B,) the reward
-    model's less the penalty. `logprob_gap` is the mean distance to the engine's own logprobs, in nats.
+    Episodes of one prompt stand together, in the order of `prompts` (B / K). `old_logprobs` are those of the
+    policy that sampled, `ref_logprobs` the reference policy's; `scores` (B,) are the reward model's less the
+    penalty; `features` (B, R, D) are the reward model's hidden states before each token where the critic is
+    on its trunk. `weights` are importance weights where the engine had to be corrected. `logprob_gap` is the
+    mean distance between the engine's and the trainer's logprobs, in nats.
     """
 
     prompts: list[Prompt]
@@ -56,44 +83,45 @@ class Episodes:
     mask: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    features: Tensor
     scores: Tensor
     values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    logprob_gap: float
+    features: Tensor | None = None
+    weights: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    logprob_gap: float = 0.0
 
+    @property
+    def a_prompt(self) -> int:
+        """K."""
+        return len(self.samples) // len(self.prompts)
 
-class Critic(nn.Module):  # type: ignore[misc]
-    """V(x, y_<t): a value head on the reward model's trunk, which stays as it was fitted.
+    def of(self, prompts: Sequence[int]) -> list[int]:
+        """Return the rows of the episodes of these prompts, in order."""
+        return [prompt * self.a_prompt + k for prompt in prompts for k in range(self.a_prompt)]
 
-    The head starts as the reward model's own, so that the first values are the scores of what is written so
-    far (Ouyang et al. 2022, appendix C.4: the value function is initialised from the reward model).
-    """
+    def items(self, prompts: Sequence[int]) -> list[tuple[list[int], list[list[int]]]]:
+        """Return these prompts with their responses, as token ids."""
+        return [
+            (self.prompts[i].token_ids, [self.samples[row].token_ids for row in self.of([i])])
+            for i in prompts
+        ]
 
-    base_model_prefix = "backbone"
-
-    def __init__(self, reward_model: RewardModel) -> None:
-        super().__init__()
-        self.backbone = reward_model.backbone
-        self.score = nn.Linear(reward_model.head.in_features, 1, device=DEVICE)
-        with torch.no_grad():
-            self.score.weight.copy_(reward_model.head.weight / reward_model.scale)
-            self.score.bias.copy_((reward_model.head.bias - reward_model.offset) / reward_model.scale)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Values of hidden states (…, D) -> (…)."""
-        values: Tensor = self.score(features).squeeze(-1).float()
-        return values
+    def kl(self) -> Tensor:
+        """Log pi(y) - log pi_ref(y) of each episode, (B,), in nats."""
+        return ((self.old_logprobs - self.ref_logprobs) * self.mask).sum(1)
 
 
 class PPO(PPOTrainer):  # type: ignore[misc]
-    """TRL's PPOTrainer with rollouts by an engine and a critic on the reward model's trunk."""
+    """TRL's PPOTrainer with rollouts by an engine; see the module's docstring for what else is different.
+
+    `work` takes checkpoints, from which a killed run goes on. `texts` is the pretraining mix, if any.
+    """
 
     def __init__(
         self,
         *,
-        policy: PreTrainedModel,
+        policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         reward_model: RewardModel,
         prompts: Sequence[Prompt],
@@ -101,17 +129,32 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         settings: TrainingSettings,
         work: Path,
         report: Report,
+        texts: PretrainingTexts | None = None,
+        keep_samples: KeepSamples | None = None,
     ) -> None:
         self._prompts = list(prompts)
         self._rollouts = rollouts
         self._settings = settings
+        self._texts = texts
+        self._keep_samples = keep_samples
         self._checkpoint = work / "checkpoint.pt"
+        self._kl_coefficient = settings.ppo_kl_coefficient
+        self._retreats = 0
+        self._within_budget: Path | None = None
+        critic = Critic(reward_model, settings.ppo_critic)
+        freeze(reward_model.backbone)
         reward_model.requires_grad_(False)
-        critic = Critic(reward_model)
+        self._learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._average = [p.detach().clone() for p in self._learning] if settings.ppo_ema_decay else []
         optimizer = torch.optim.AdamW(
             [
-                {"params": policy.parameters(), "lr": settings.ppo_learning_rate},
+                {"params": self._learning, "lr": settings.ppo_learning_rate},
                 {"params": critic.score.parameters(), "lr": settings.ppo_critic_learning_rate},
+                *(
+                    [{"params": critic.backbone.parameters(), "lr": settings.ppo_learning_rate}]
+                    if critic.kind == "separate"
+                    else []
+                ),
             ],
             weight_decay=0.0,
             fused=True,
@@ -121,7 +164,8 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             args=_configuration(settings, work),
             processing_class=tokenizer,
             model=policy,
-            ref_model=None,  # TRL makes a frozen copy of the policy as it is now
+            # With LoRA the reference is the policy without its adapter.
+            ref_model=None if isinstance(policy, PeftModel) else frozen_copy(policy),
             reward_model=reward_model,
             value_model=critic,
             train_dataset=HfDataset.from_dict({"input_ids": [prompt.token_ids for prompt in prompts]}),
@@ -131,92 +175,240 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
 
     def train(self) -> None:
-        """Run the updates that are left, from the last checkpoint if there is one."""
+        """Run the updates that are left, from the last checkpoint if there is one.
+
+        Raises FloatingPointError if losses or gradients are not finite however small the steps.
+        """
         self._begin()
         while self.state.global_step < self.state.max_steps:
             episodes = self._roll_out()
+            self._score(episodes)
+            if float(episodes.kl().mean()) > self._settings.ppo_kl_budget:
+                self._within_budget = self._rollouts.checkpoint(self.state.global_step - 1)
+                break
             self._set_advantages(episodes)
-            figures = self._optimise(episodes)
+            try:
+                figures = self._optimise(episodes)
+            except FloatingPointError as problem:
+                self._go_back(problem)
+                continue
             self._end_update(episodes, figures)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def trained_policy(self) -> Policy:
+        """Return the policy to publish: the last within the KL budget, the weights' average, or the last."""
+        if self._within_budget is not None and self._within_budget.is_dir():
+            return load_policy(self._within_budget)
+        with torch.no_grad():
+            for parameter, average in zip(self._learning, self._average, strict=bool(self._average)):
+                parameter.copy_(average)
+        return self.policy_model
+
+    def result(self) -> dict[str, Any]:
+        """Return what became of the run, as plain JSON."""
+        return {
+            "updates": self.state.global_step,
+            "stopped_by_kl_budget": self._within_budget is not None,
+            "kl_coefficient": self._kl_coefficient,
+            "retreats": self._retreats,
+        }
+
+    # -- the verbs of an update
 
     def _begin(self) -> None:
         self.state.global_step = 0
         self.state.max_steps = self._settings.ppo_updates
         if self._checkpoint.exists():
             self._resume()
+        else:
+            self._save()
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     def _roll_out(self) -> Episodes:
-        """Sample a response to each prompt of this update; score it and hold it against the reference."""
-        update, batch = self.state.global_step, self._settings.ppo_batch
-        prompts = prompts_of_update(self._prompts, update, batch, self.args.seed)
+        """Sample K responses to each prompt of this update, in the first process for all."""
+        update, batch, each = (
+            self.state.global_step,
+            self._settings.ppo_batch,
+            self._settings.ppo_samples_per_prompt,
+        )
+        count = batch // each
+        prompts = in_passes(self._prompts, update * count, count, self.args.seed)
         seed = (self.args.seed * 1_000_003 + update) * batch
-        samples = self._rollouts.sample(self.policy_model, prompts, seed)
+        groups = self._from_first(
+            lambda: self._rollouts.sample(self.policy_model, prompts, update, n=each, seed=seed)
+        )
+        samples = [sample for group in groups for sample in group]
         width = max(len(sample.token_ids) for sample in samples)
         mask = torch.zeros(batch, width, dtype=torch.bool, device=DEVICE)
         engine = torch.zeros(batch, width, device=DEVICE)
         for row, sample in enumerate(samples):
             mask[row, : len(sample.token_ids)] = True
             engine[row, : len(sample.token_ids)] = torch.tensor(sample.logprobs, device=DEVICE)
-        features = torch.zeros(batch, width, self.value_model.score.in_features, device=DEVICE)
-        empty = torch.zeros_like(engine)
-        episodes = Episodes(prompts, samples, mask, empty, empty, features, empty, empty, empty, empty, 0.0)
-        with torch.no_grad():
-            # With the engine's own logprobs, which differ by its rounding, ratios would start off 1.
-            episodes.old_logprobs = self._all_logprobs(self.policy_model, episodes)
-            episodes.logprob_gap = float((episodes.old_logprobs - engine)[mask].abs().mean())
-            _check_gap(episodes.logprob_gap)
-            episodes.ref_logprobs = self._all_logprobs(self.ref_model, episodes)
-            episodes.scores = self._scores_and_features(episodes)
-            episodes.values = self.value_model(features) * mask
-        return episodes
+        zeros = torch.zeros_like(engine)
+        return Episodes(prompts, samples, mask, engine, zeros, zeros[:, 0], zeros)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _score(self, episodes: Episodes) -> None:
+        """Hold the episodes against the trainer's policy, the reference, the reward model and the critic."""
+        self._check_engine(episodes)
+        episodes.ref_logprobs = self._reference_logprobs(episodes)
+        episodes.scores = self._rewards(episodes)
+        episodes.values = self._first_values(episodes)
 
     def _set_advantages(self, episodes: Episodes) -> None:
         """Rewards with the KL penalty, then GAE; advantages are whitened over the batch."""
         kl = (episodes.old_logprobs - episodes.ref_logprobs) * episodes.mask
-        rewards = token_rewards(episodes.scores, kl, episodes.mask, self.args.kl_coef)
+        rewards = token_rewards(episodes.scores, kl, episodes.mask, self._kl_coefficient)
         advantages, episodes.returns = generalised_advantages(
             rewards, episodes.values, episodes.mask, self.args.gamma, self.args.lam
         )
         episodes.advantages = masked_whiten(advantages, episodes.mask) * episodes.mask
 
     def _optimise(self, episodes: Episodes) -> dict[str, float]:
-        """Take the optimiser's steps on shuffled mini-batches and return the mean of their figures."""
-        size = self._settings.ppo_batch // self._settings.ppo_mini_batches
+        """Take the optimiser's steps on shuffled mini-batches of prompts; return their mean figures."""
+        size = len(episodes.prompts) // self._settings.ppo_mini_batches
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         all_figures: list[dict[str, float]] = []
         for _ in range(self.args.num_ppo_epochs):
-            order = torch.randperm(len(episodes.samples), generator=generator).tolist()
+            order = torch.randperm(len(episodes.prompts), generator=generator).tolist()
             for start in range(0, len(order), size):
-                all_figures.append(self._mini_batch(episodes, order[start : start + size]))
+                figures = self._mini_batch(episodes, order[start : start + size])
+                figures |= self._pretraining(len(all_figures))
+                figures["policy/gradient_norm"] = self._step()
+                all_figures.append(figures)
         return {name: sum(f[name] for f in all_figures) / len(all_figures) for name in all_figures[0]}
 
     def _end_update(self, episodes: Episodes, figures: Mapping[str, float]) -> None:
-        """Log the update, step the schedule and write a checkpoint where one is due."""
+        """Log the update, step schedule and KL coefficient, and write a checkpoint where one is due."""
+        figures = _figures(episodes, self._kl_coefficient) | dict(figures)
         self.state.global_step += 1
         self.state.episode += self._settings.ppo_batch
         self.state.epoch = self.state.episode / len(self._prompts)
-        self.log(
-            _figures(episodes, self.args.kl_coef) | dict(figures) | {"lr": self.lr_scheduler.get_last_lr()[0]}
-        )
+        self.log(figures | {"lr": self.optimizer.param_groups[0]["lr"]})
+        if self._keep_samples is not None:
+            self._keep_samples(self.state.global_step, self._shown(episodes))
+        if self._settings.ppo_kl_target:
+            self._kl_coefficient = adapted_kl_coefficient(
+                self._kl_coefficient, figures["objective/kl"], self._settings.ppo_kl_target
+            )
         self.lr_scheduler.step()
         self.callback_handler.on_step_end(self.args, self.state, self.control)
         if self.state.global_step % self._settings.ppo_checkpoint_updates == 0:
             self._save()
 
-    def _mini_batch(self, episodes: Episodes, rows: Sequence[int]) -> dict[str, float]:
-        """Accumulate the gradient of one mini-batch in passes of bounded size, then step."""
-        tokens = int(episodes.mask[rows].sum())
-        totals: dict[str, float] = {}
-        for group in self._passes(episodes, rows):
-            mask = episodes.mask[group]
-            new, entropy = self._logprobs(self.policy_model, episodes, group)
-            values = self.value_model(episodes.features[group][mask])
-            old = episodes.old_logprobs[group][mask]
-            loss, clipped = policy_loss(new, old, episodes.advantages[group][mask], self.args.cliprange)
+    # -- what a rollout is held against
+
+    def _check_engine(self, episodes: Episodes) -> None:
+        """Compare the engine's logprobs with the trainer's on some episodes; correct or stop."""
+        some, tokens = 0, 0
+        while some < len(episodes.prompts) and tokens < GAP_TOKENS:
+            tokens += sum(len(episodes.samples[row].token_ids) for row in episodes.of([some]))
+            some += 1
+        checked = episodes.of(range(some))
+        ours = self._logprobs_of(self.policy_model, episodes, list(self._passes(episodes, range(some))))
+        gaps = (ours - episodes.old_logprobs)[checked][episodes.mask[checked]].abs()
+        episodes.logprob_gap = float(gaps.mean())
+        if episodes.logprob_gap <= self._settings.ppo_logprob_gap:
+            return
+        if not episodes.logprob_gap <= GAP_LIMIT or self._settings.ppo_beyond_gap == "stop":
+            raise RuntimeError(
+                f"the rollout engine's logprobs are {episodes.logprob_gap:.3f} nats from the trainer's, "
+                "as if it had other weights: see ppo_logprob_gap and ppo_beyond_gap"
+            )
+        ours = self._all(lambda passes: self._logprobs_of(self.policy_model, episodes, passes), episodes)
+        episodes.weights = importance_weights(ours, episodes.old_logprobs)
+        episodes.old_logprobs = ours
+
+    def _reference_logprobs(self, episodes: Episodes) -> Tensor:
+        reference = self.ref_model or self.policy_model
+        with without_adapter(reference):
+            return self._all(lambda passes: self._logprobs_of(reference, episodes, passes), episodes)
+
+    def _logprobs_of(self, model: Policy, episodes: Episodes, passes: Sequence[list[int]]) -> Tensor:
+        result = torch.zeros_like(episodes.old_logprobs)
+        for prompts in passes:
+            logprobs, _ = response_logprobs(model, episodes.items(prompts), self.args.temperature)
+            rows = episodes.of(prompts)
+            result[rows] = result[rows].masked_scatter(episodes.mask[rows], logprobs)
+        return result
+
+    def _rewards(self, episodes: Episodes) -> Tensor:
+        """Scores (B,) less the penalty; where the critic stands on this trunk its features are kept."""
+        if self.value_model.kind == "reward_model":
+            shape = (*episodes.mask.shape, self.value_model.score.in_features)
+            episodes.features = torch.zeros(shape, device=DEVICE)
+
+        def scores_of(passes: Sequence[list[int]]) -> Tensor:
+            scores = torch.zeros_like(episodes.scores)
+            for prompts in passes:
+                packed, rows = pack(episodes.items(prompts)), episodes.of(prompts)
+                with autocast():
+                    hidden = self.reward_model.hidden(packed).float()
+                scores[rows] = self.reward_model.score(hidden[packed.last_tokens()])
+                if episodes.features is not None:
+                    before = hidden[before_each_token(packed)]
+                    mask = episodes.mask[rows][:, :, None]
+                    episodes.features[rows] = episodes.features[rows].masked_scatter(mask, before)
+            return scores
+
+        scores = self._all(scores_of, episodes)
+        unended = torch.tensor(
+            [
+                sample.finish_reason != "stop" or len(sample.token_ids) < self._settings.ppo_minimum_tokens
+                for sample in episodes.samples
+            ],
+            device=DEVICE,
+        )
+        return scores - self.args.missing_eos_penalty * unended
+
+    def _first_values(self, episodes: Episodes) -> Tensor:
+        trunk, _ = trunk_and_head(self.policy_model)
+
+        def values_of(passes: Sequence[list[int]]) -> Tensor:
+            values = torch.zeros_like(episodes.values)
+            for prompts in passes:
+                packed, rows = pack(episodes.items(prompts)), episodes.of(prompts)
+                states = response_states(trunk, packed) if self.value_model.kind == "policy" else None
+                own = self._values(episodes, prompts, packed, states)
+                values[rows] = values[rows].masked_scatter(episodes.mask[rows], own)
+            return values
+
+        return self._all(values_of, episodes)
+
+    def _values(
+        self, episodes: Episodes, prompts: Sequence[int], packed: PackedRows, states: Tensor | None
+    ) -> Tensor:
+        """Values (N,) of the prompts' response tokens; `states` (N, D) are the policy's before each token."""
+        if self.value_model.kind == "separate":
+            states = response_states(self.value_model.backbone, packed)
+        elif episodes.features is not None:
+            rows = episodes.of(prompts)
+            states = episodes.features[rows][episodes.mask[rows]]
+        values: Tensor = self.value_model(states)
+        return values
+
+    # -- a step of the optimiser
+
+    def _mini_batch(self, episodes: Episodes, prompts: Sequence[int]) -> dict[str, float]:
+        """Accumulate the gradient of one mini-batch's loss, a mean over its tokens, pass by pass."""
+        assert episodes.advantages is not None and episodes.returns is not None
+        trunk, head = trunk_and_head(self.policy_model)
+        tokens = int(episodes.mask[episodes.of(prompts)].sum())
+        totals: dict[str, Tensor] = {}
+        for group in self._passes(episodes, self._own(prompts)):
+            rows = episodes.of(group)
+            mask = episodes.mask[rows]
+            packed = pack(episodes.items(group))
+            states = response_states(trunk, packed)
+            new, entropy = token_logprobs(head, states, response_tokens(packed), self.args.temperature)
+            values = self._values(episodes, group, packed, states)
+            old = episodes.old_logprobs[rows][mask]
+            weights = None if episodes.weights is None else episodes.weights[rows][mask]
+            loss, clipped = policy_loss(
+                new, old, episodes.advantages[rows][mask], self.args.cliprange, weights
+            )
             v_loss, v_clipped = value_loss(
-                values, episodes.values[group][mask], episodes.returns[group][mask], self.args.cliprange_value
+                values, episodes.values[rows][mask], episodes.returns[rows][mask], self.args.cliprange_value
             )
             share = len(new) / tokens
             self.accelerator.backward((loss + self.args.vf_coef * v_loss) * share)
@@ -231,57 +423,102 @@ class PPO(PPOTrainer):  # type: ignore[misc]
                 "val/ratio": difference.exp().mean(),
             }
             for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach()) * share
-        norm = nn.utils.clip_grad_norm_(self.policy_model.parameters(), self.args.max_grad_norm)
+                totals[name] = totals.get(name, 0.0) + value.detach() * share
+        return self._summed(totals)
+
+    def _pretraining(self, step: int) -> dict[str, float]:
+        """Add the gradient of the pretraining texts' loss (Ouyang et al. 2022, equation 2)."""
+        settings = self._settings
+        if self._texts is None or not settings.ppo_ptx_coefficient:
+            return {}
+        number = self.state.global_step * settings.ppo_epochs * settings.ppo_mini_batches + step
+        texts = self._texts.batch(number, settings.ppo_ptx_batch, self.args.seed)
+        totals: dict[str, Tensor] = {}
+        own = [texts[i] for i in self._own(range(len(texts)))]
+        for group in rows_by_tokens([len(text) for text in own], TOKENS_A_PASS):
+            pieces = [(own[i][:1], [own[i][1:]]) for i in group]
+            logprobs, _ = response_logprobs(self.policy_model, pieces, temperature=1.0)
+            share = len(group) / len(texts)
+            loss = -logprobs.mean()
+            self.accelerator.backward(settings.ppo_ptx_coefficient * loss * share)
+            totals["loss/ptx_avg"] = totals.get("loss/ptx_avg", 0.0) + loss.detach() * share
+        return self._summed(totals)
+
+    def _step(self) -> float:
+        """Step the optimiser and the weights' average; returns the gradient's norm.
+
+        Raises FloatingPointError, with the weights as they were, where the gradient is not finite.
+        """
+        if self.accelerator.num_processes > 1:
+            self._add_up_gradients()
+        norm = nn.utils.clip_grad_norm_(self._learning, self.args.max_grad_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError("the policy's gradient is not finite; lower ppo_learning_rate")
+            raise FloatingPointError("the policy's gradient is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return totals | {"policy/gradient_norm": float(norm)}
+        with torch.no_grad():
+            for average, parameter in zip(self._average, self._learning, strict=False):
+                average.lerp_(parameter, 1 - self._settings.ppo_ema_decay)
+        return float(norm)
 
-    def _passes(self, episodes: Episodes, rows: Sequence[int]) -> Iterator[list[int]]:
-        sizes = [len(episodes.prompts[row].token_ids) + len(episodes.samples[row].token_ids) for row in rows]
-        for group in rows_by_tokens(sizes, TOKENS_A_PASS):
-            yield [rows[i] for i in group]
+    # -- one process or several: each takes every n-th prompt, and sums make the others' results its own
 
-    def _logprobs(
-        self, model: PreTrainedModel, episodes: Episodes, rows: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        items = [(episodes.prompts[row].token_ids, episodes.samples[row].token_ids) for row in rows]
-        return response_logprobs(model, items, self.args.temperature)
+    def _from_first(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` gives in the first process."""
+        if self.accelerator.num_processes == 1:
+            return make()
+        found = [make() if self.accelerator.is_main_process else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
-    def _all_logprobs(self, model: PreTrainedModel, episodes: Episodes) -> Tensor:
-        result = torch.zeros_like(episodes.old_logprobs)
-        for rows in self._passes(episodes, range(len(episodes.samples))):
-            logprobs, _ = self._logprobs(model, episodes, rows)
-            result[rows] = result[rows].masked_scatter(episodes.mask[rows], logprobs)
+    def _own(self, indices: Sequence[int]) -> list[int]:
+        # By the number itself: in every mini-batch a prompt is with the process that has its features.
+        of, mine = self.accelerator.num_processes, self.accelerator.process_index
+        return [index for index in indices if index % of == mine]
+
+    def _all(self, compute: Callable[[Sequence[list[int]]], Tensor], episodes: Episodes) -> Tensor:
+        """Return the tensor of which `compute` fills in the rows of the passes that it is given."""
+        own = self._own(range(len(episodes.prompts)))
+        result: Tensor = self.accelerator.reduce(compute(list(self._passes(episodes, own))), reduction="sum")
         return result
 
-    def _scores_and_features(self, episodes: Episodes) -> Tensor:
-        """Scores (B,); the critic's hidden states before each token are written to `episodes.features`."""
-        scores = torch.zeros(len(episodes.samples), device=DEVICE)
-        for rows in self._passes(episodes, range(len(episodes.samples))):
-            packed = pack(
-                [(episodes.prompts[row].token_ids, [episodes.samples[row].token_ids]) for row in rows]
-            )
-            with autocast():
-                hidden = self.reward_model.hidden(packed).float()
-            row, column = before_each_token(packed.spans)
-            for place, b in enumerate(rows):
-                episodes.features[b, : int(episodes.mask[b].sum())] = hidden[place, column[row == place]]
-            row, last = packed.last_tokens()
-            scores[rows] = self.reward_model.score(hidden[row, last])
-        unended = torch.tensor([sample.finish_reason != "stop" for sample in episodes.samples], device=DEVICE)
-        return scores - self.args.missing_eos_penalty * unended
+    def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        found: list[dict[str, float]] = [{name: float(value) for name, value in totals.items()}]
+        if self.accelerator.num_processes > 1:
+            found = [{} for _ in range(self.accelerator.num_processes)]
+            torch.distributed.all_gather_object(found, {name: float(value) for name, value in totals.items()})
+        names = dict.fromkeys(name for figures in found for name in figures)
+        return {name: sum(figures.get(name, 0.0) for figures in found) for name in names}
+
+    def _add_up_gradients(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+
+    def _passes(self, episodes: Episodes, prompts: Sequence[int]) -> Iterator[list[int]]:
+        """Divide the prompts with their responses into passes of like size."""
+        sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in episodes.items(prompts)]
+        for group in rows_by_tokens(sizes, TOKENS_A_PASS):
+            yield [prompts[i] for i in group]
+
+    # -- checkpoints
 
     def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         staging = self._checkpoint.with_suffix(".partial")
         state = {
             "update": self.state.global_step,
-            "policy": self.policy_model.state_dict(),
-            "critic": self.value_model.score.state_dict(),
+            "policy": [parameter.detach() for parameter in self._learning],
+            "average": self._average,
+            "critic": self._critic_state(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
+            "kl_coefficient": self._kl_coefficient,
+            "retreats": self._retreats,
         }
         with staging.open("wb") as file:
             torch.save(state, file)
@@ -289,15 +526,52 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             os.fsync(file.fileno())
         staging.rename(self._checkpoint)
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _resume(self) -> None:
         # The reference is already in place: the trainer was built on the SFT policy, as the first time.
         state = torch.load(self._checkpoint, map_location=DEVICE, weights_only=True)
-        self.policy_model.load_state_dict(state["policy"])
-        self.value_model.score.load_state_dict(state["critic"])
+        for parameter, saved in zip(self._learning, state["policy"], strict=True):
+            parameter.copy_(saved)
+        for average, saved in zip(self._average, state["average"], strict=True):
+            average.copy_(saved)
+        self.value_model.load_state_dict(state["critic"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["schedule"])
+        self._kl_coefficient, self._retreats = state["kl_coefficient"], state["retreats"]
         self.state.global_step = state["update"]
         self.state.episode = state["update"] * self._settings.ppo_batch
+
+    def _critic_state(self) -> dict[str, Tensor]:
+        """Return what learns of the critic."""
+        learns = {name for name, parameter in self.value_model.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in self.value_model.state_dict().items() if name in learns}
+
+    def _go_back(self, problem: FloatingPointError) -> None:
+        """Return to the last checkpoint with half the learning rate, a few times at most."""
+        retreats = self._retreats + 1
+        if retreats > RETREATS:
+            raise FloatingPointError(
+                f"{problem}, though the learning rate was halved {RETREATS} times: lower ppo_learning_rate"
+            ) from problem
+        self.optimizer.zero_grad()
+        self._resume()
+        self._retreats = retreats
+        self.lr_scheduler.base_lrs = [lr / 2 for lr in self.lr_scheduler.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+        self._save()
+
+    def _shown(self, episodes: Episodes) -> list[dict[str, Any]]:
+        """Return the first response to some of an update's prompts, as text with its score."""
+        rows = [episodes.of([i])[0] for i in range(min(4, len(episodes.prompts)))]
+        return [
+            {
+                "prompt": self.processing_class.decode(episodes.prompts[i].token_ids),
+                "response": episodes.samples[row].text,
+                "score": float(episodes.scores[row]),
+            }
+            for i, row in enumerate(rows)
+        ]
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -334,26 +608,21 @@ def _configuration(settings: TrainingSettings, work: Path) -> Any:
     )
 
 
-def _check_gap(gap: float) -> None:
-    if not gap <= LOGPROB_GAP_BOUND:
-        raise RuntimeError(
-            f"the rollout engine's logprobs are {gap:.3f} nats from the trainer's: it has other weights"
-        )
-
-
 def _figures(episodes: Episodes, kl_coefficient: float) -> dict[str, float]:
     """Return what happened in the rollout of one update, under TRL's names where it has one."""
-    mask = episodes.mask
-    kl = ((episodes.old_logprobs - episodes.ref_logprobs) * mask).sum(1)
+    assert episodes.returns is not None
+    mask, kl = episodes.mask, episodes.kl()
     returns, values = episodes.returns[mask], episodes.values[mask]
     ended = [sample.finish_reason == "stop" for sample in episodes.samples]
     return {
         "objective/scores": float(episodes.scores.mean()),
         "objective/kl": float(kl.mean()),
+        "objective/kl_coefficient": kl_coefficient,
         "objective/rlhf_reward": float((episodes.scores - kl_coefficient * kl).mean()),
         "objective/entropy": float(-(episodes.old_logprobs * mask).sum(1).mean()),
         "val/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-8)),
         "rollout/logprob_gap": episodes.logprob_gap,
+        "rollout/corrected": float(episodes.weights is not None),
         "response/length": float(mask.sum(1).float().mean()),
         "response/ended": sum(ended) / len(ended),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
@@ -29,9 +29,10 @@ from registry.rounds import Round, Rounds
 from training.algorithms import Task, train
 from training.dataset import Dataset, Side, build
 from training.logprobs import total_logprobs
+from training.policy import Policy, load_policy, write_checkpoint
 from training.progress import Progress
 from training.reward_model import Report, accuracy_by_source, fit
-from training.rollouts import Rollouts, load_policy, write_checkpoint
+from training.rollouts import Rollouts
 from training.settings import TrainingSettings
 from training.sft import checkpoint_epochs, fine_tune
 
@@ -146,7 +147,7 @@ class RoundRun:
         kept = checkpoint_epochs(self._settings.sft_epochs, self._settings.sft_checkpoints)
         epochs: list[dict[str, Any]] = []
 
-        def epoch_end(epoch: int, loss: float, policy: PreTrainedModel) -> None:
+        def epoch_end(epoch: int, loss: float, policy: Policy) -> None:
             epochs.append({"epoch": epoch, "loss": loss, "kept": epoch in kept})
             if epoch in kept:
                 write_checkpoint(policy, self._tokenizer, checkpoints / str(epoch))
@@ -206,9 +207,9 @@ class RoundRun:
     def _ppo(self) -> Result:
         """Train the policy by the configured algorithm."""
         with self._progress("ppo") as report:
-            policy = train(self._task(self._settings, self._directory / "ppo", report))
+            policy, result = train(self._task(self._settings, self._directory / "ppo", report))
         write_checkpoint(policy, self._tokenizer, self._directory / "candidate")
-        return {"algorithm": self._settings.algorithm}
+        return {"algorithm": self._settings.algorithm, **result}
 
     def _publish(self) -> Result:
         version = self._registry.publish(
@@ -327,7 +328,7 @@ class RoundRun:
 
 
 def kl_from(
-    reference: PreTrainedModel,
+    reference: Policy,
     prompts: Sequence[Prompt],
     ours: Sequence[Sequence[Sample]],
     temperature: float,

@@ -54,29 +54,72 @@ class TrainingSettings(BaseModel):
     algorithm: Literal["ppo", "rloo", "dpo", "kto"] = Field(
         "ppo", description="How the policy learns from the feedback: PPO, or another of TRL's algorithms."
     )
+    ppo_prompt_file: str = Field(
+        "", description='More prompts for PPO: JSON lines with "prompt" or "messages"; none if empty.'
+    )
     ppo_updates: int = Field(8, ge=1, description="PPO updates in a round, each on fresh episodes.")
-    ppo_batch: int = Field(32, ge=2, description="Episodes an update: one sampled response to a prompt each.")
-    ppo_mini_batches: int = Field(2, ge=1, description="Optimiser steps an epoch; divides `ppo_batch`.")
+    ppo_batch: int = Field(32, ge=2, description="Episodes (sampled responses) an update.")
+    ppo_samples_per_prompt: int = Field(
+        4, ge=1, description="Episodes with the same prompt in an update; divides `ppo_batch`."
+    )
+    ppo_mini_batches: int = Field(
+        2, ge=1, description="Optimiser steps an epoch; divides the number of prompts of an update."
+    )
     ppo_epochs: int = Field(2, ge=1, description="Passes over an update's episodes.")
     ppo_learning_rate: float = Field(1e-5, gt=0, description="Learning rate of the policy in PPO.")
+    ppo_critic: Literal["reward_model", "policy", "separate"] = Field(
+        "reward_model",
+        description="The value head's trunk: the reward model's as it is, the policy's, or a copy of the "
+        "reward model's that learns.",
+    )
     ppo_critic_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value head in PPO.")
+    ppo_lora_rank: int = Field(
+        0, ge=0, description="Rank of the LoRA adapters that PPO trains; 0 trains all weights."
+    )
     ppo_kl_coefficient: float = Field(
         0.05,
         ge=0,
         description="The price of a nat of KL from the SFT policy, in standard deviations of reward.",
     )
+    ppo_kl_target: float = Field(
+        0.0, ge=0, description="Adapt the KL coefficient to this KL in nats a response; 0 keeps it constant."
+    )
+    ppo_kl_budget: float = Field(
+        25.0, gt=0, description="PPO stops at the last update within this KL from SFT, in nats a response."
+    )
     ppo_response_tokens: int = Field(64, ge=1, description="The longest response of an episode, in tokens.")
-    ppo_temperature: float = Field(1.0, gt=0, description="The sampling temperature of episodes.")
+    ppo_minimum_tokens: int = Field(
+        0, ge=0, description="A response of fewer tokens pays the penalty of one that does not end."
+    )
     ppo_missing_end_penalty: float = Field(
         1.0, ge=0, description="Taken from the score of a response that does not end by itself."
     )
+    ppo_temperature: float = Field(1.0, gt=0, description="The sampling temperature of episodes.")
+    ppo_ptx_file: str = Field(
+        "", description='Pretraining texts to mix in: JSON lines with "text"; none if empty.'
+    )
+    ppo_ptx_coefficient: float = Field(
+        1.0, ge=0, description="Weight of the pretraining texts' loss (mean nats a token) beside PPO's."
+    )
+    ppo_ptx_batch: int = Field(4, ge=1, description="Pretraining texts an optimiser step.")
+    ppo_ptx_tokens: int = Field(128, ge=2, description="Tokens of a pretraining text.")
+    ppo_ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The candidate is the moving average of the weights over the steps; 0 takes the last.",
+    )
+    ppo_logprob_gap: float = Field(
+        0.05,
+        ge=0,
+        description="How far, in mean nats a token, the rollout engine's logprobs may be from the trainer's.",
+    )
+    ppo_beyond_gap: Literal["correct", "stop"] = Field(
+        "correct",
+        description="Beyond that gap: correct by truncated importance weights, or stop the round.",
+    )
     ppo_checkpoint_updates: int = Field(
         4, ge=1, description="PPO can be resumed from the last multiple of so many updates."
-    )
-    rloo_samples: int = Field(
-        4,
-        ge=2,
-        description="Responses to a prompt in RLOO, which otherwise has PPO's settings; divides `ppo_batch`.",
     )
     preference_epochs: int = Field(
         1, ge=1, description="Passes over the pairs or judged responses in DPO and KTO."
@@ -85,6 +128,9 @@ class TrainingSettings(BaseModel):
     preference_learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate of DPO and KTO.")
     preference_beta: float = Field(
         0.1, gt=0, description="How dear a distance from the SFT policy is in DPO and KTO (their beta)."
+    )
+    rollout_engine: Literal["vllm", "transformers"] = Field(
+        "vllm", description="What samples the episodes and the held-out answers."
     )
     kv_cache_gib: float = Field(
         1.0, gt=0, description="Memory for the rollout engine's keys and values, in GiB."

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evaluation.sampler import VllmSampler
+from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
@@ -23,18 +23,20 @@ from training.settings import TrainingSettings
 logger = logging.getLogger(__name__)
 
 
-def vllm_sampler(max_model_len: int) -> SamplerFactory:
-    """Return what starts the engine for rollouts and answers; prompt plus response are bounded in tokens."""
-    return lambda model_dir, settings: VllmSampler(
+class TrainerBusy(RuntimeError):  # noqa: N818
+    """Another trainer is at work on the same data directory."""
+
+
+def sampler_of(model_dir: Path, settings: TrainingSettings, max_model_len: int) -> Sampler:
+    """Start the engine for rollouts and held-out answers, for `max_model_len` tokens with the prompt."""
+    if settings.rollout_engine == "transformers":
+        return TransformersSampler(model_dir)
+    return VllmSampler(
         model_dir,
         max_model_len=max_model_len,
         kv_cache_gib=settings.kv_cache_gib,
         vllm_arguments=settings.vllm_arguments,
     )
-
-
-class TrainerBusy(RuntimeError):  # noqa: N818
-    """Another trainer is at work on the same data directory."""
 
 
 class Trainer:
@@ -62,7 +64,9 @@ class Trainer:
         self._registry = registry
         self._rounds = rounds
         self._root = data_dir / "rounds"
-        self._make_sampler = make_sampler or vllm_sampler(max_model_len)
+        self._make_sampler = make_sampler or (
+            lambda model_dir, chosen: sampler_of(model_dir, chosen, max_model_len)
+        )
 
     def run_once(self, minimum_events: int = 0) -> Round | None:
         """Finish the round that a killed trainer left, else run one on all feedback since the last.

@@ -16,7 +16,8 @@ from evaluation.reward_model import RewardModel, score_responses
 from training.algorithms import NothingToLearnFrom, Task, beside_neighbours, desirability, pairs, rloo, train
 from training.dataset import Comparison, Judgement, Side
 from training.logprobs import total_logprobs
-from training.rollouts import Rollouts, load_policy
+from training.policy import load_policy
+from training.rollouts import Rollouts
 from training.settings import TrainingSettings
 
 PROMPTS = [Prompt(str(i), [3, 5 + i, 6]) for i in range(6)]
@@ -117,7 +118,7 @@ def test_judgements_and_pairs_become_desirable_or_not() -> None:
 def test_dpo_sees_our_tokens_and_widens_the_margin(tmp_path: Path) -> None:
     rows = pairs(COMPARISONS)
     run = Run(tmp_path, settings("dpo", preference_batch=len(rows), preference_epochs=12))
-    after = train(run.task)
+    after, _ = train(run.task)
     first = run.figures[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     for name in ("chosen", "rejected"):
@@ -132,7 +133,7 @@ def test_dpo_sees_our_tokens_and_widens_the_margin(tmp_path: Path) -> None:
 def test_kto_raises_what_is_desirable_and_lowers_the_rest(tmp_path: Path) -> None:
     rows = desirability(SIDE)
     run = Run(tmp_path, settings("kto", preference_batch=len(rows), preference_epochs=16))
-    after = train(run.task)
+    after, _ = train(run.task)
     for name, label in (("chosen", True), ("rejected", False)):
         items = [(row["prompt_ids"], row["completion_ids"]) for row in rows if row["label"] is label]
         assert run.figures[0][f"logps/{name}"] == pytest.approx(
@@ -167,7 +168,7 @@ def test_rloo_raises_a_simple_reward_on_our_prompts(tmp_path: Path) -> None:
         assert all(END not in response[:-1] for response in responses)
         return [float(list(response).count(7)) for response in responses]
 
-    after = rloo(run.task, reward)
+    after, _ = rloo(run.task, reward)
     assert run.steps == [(i, 12) for i in range(1, 13)]
     assert len(asked) == 12 * 16
     groups = [asked[i : i + 4] for i in range(0, len(asked), 4)]
@@ -189,6 +190,12 @@ def test_rloo_takes_the_penalty_from_responses_that_do_not_end(tmp_path: Path) -
     figures = run.figures[0]
     assert figures["reward"] == pytest.approx(0.5 - 3.0 * figures["completions/clipped_ratio"], abs=1e-5)
     assert figures["completions/clipped_ratio"] > 0
+
+
+def test_rloo_takes_the_penalty_from_short_responses_too(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings("rloo", ppo_updates=1, ppo_missing_end_penalty=3.0, ppo_minimum_tokens=7))
+    rloo(run.task, lambda prompts, responses: [0.5] * len(responses))
+    assert run.figures[0]["reward"] == pytest.approx(0.5 - 3.0)  # six tokens are the most they can have
 
 
 def test_rloo_is_rewarded_by_the_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +224,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path, algorithm: str) ->
     def weights(name: str, seed: int) -> torch.Tensor:
         run = Run(tmp_path / name, settings(algorithm, seed=seed, ppo_updates=2, preference_batch=8))
         torch.manual_seed(len(name))  # whatever was drawn before must not matter
-        return torch.cat([value.flatten() for value in train(run.task).state_dict().values()])
+        return torch.cat([value.flatten() for value in train(run.task)[0].state_dict().values()])
 
     first, again, other = weights("a", 3), weights("again", 3), weights("other", 4)
     assert torch.equal(first, again)

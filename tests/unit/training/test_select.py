@@ -152,7 +152,11 @@ def test_a_round_publishes_what_its_algorithm_made(tmp_path: Path, algorithm: st
     assert manifest.kind == algorithm
     stages: Sequence[str] = list(manifest.details["stages"])
     assert stages == ["dataset", "sft", "reward_model", "judge", "select", "ppo"]
-    assert manifest.details["stages"]["ppo"] == {"algorithm": algorithm}
+    result, counts = manifest.details["stages"]["ppo"], manifest.details["stages"]["dataset"]["train"]
+    assert result["algorithm"] == algorithm
+    # Three pairs to a ranking.
+    pairs_steps = -(-3 * counts["comparisons"] // SETTINGS.preference_batch)
+    assert result["updates"] == {"ppo": SETTINGS.ppo_updates, "dpo": pairs_steps}[algorithm]
     assert verdict["figures"]["comparisons"] > 0
     named = {metric.name for metric in installation.rounds.metrics(1) if metric.stage == "ppo"}
     assert ("rewards/margins" in named) is (algorithm == "dpo")

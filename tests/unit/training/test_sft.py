@@ -11,7 +11,7 @@ from unit.training.tiny import tiny_model, tiny_tokenizer
 
 from evaluation.contest import Prompt
 from training.dataset import Demonstration
-from training.rollouts import load_policy
+from training.policy import load_policy
 from training.settings import TrainingSettings
 from training.sft import _row, checkpoint_epochs, fine_tune
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluation.sampler import Sample
-from training.rollouts import load_policy, write_checkpoint
+from training.policy import load_policy, write_checkpoint
 
 WORDS = ["<pad>", "<unk>", "<end>", "user", "assistant", *(f"w{i}" for i in range(59))]
 END = WORDS.index("<end>")

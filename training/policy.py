@@ -1,0 +1,114 @@
+"""The policy as a trainable model: how it is read, adapted, frozen and written.
+
+Owns the model's precision, its LoRA adapter and the form in which weights leave the trainer. What is learned
+is each stage's own.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.reward_model import ATTENTION, DEVICE
+
+Policy: TypeAlias = PreTrainedModel | PeftModel
+
+
+def load_policy(directory: Path) -> PreTrainedModel:
+    """Read a language model for training: float32 weights, which mixed precision multiplies as bfloat16."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, attn_implementation=ATTENTION
+    ).to(DEVICE)
+
+
+def with_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
+    """Freeze the model and put LoRA adapters of this rank on all its linear layers but the output.
+
+    W + (alpha / rank) B A with alpha = 2 rank; B starts at zero (Hu et al. 2021, arXiv 2106.09685).
+    """
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    freeze(adapted.get_base_model())
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return adapted
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model for forward passes only; under mixed precision it computes exactly what the model does."""
+    copy = deepcopy(model)
+    freeze(copy)
+    return copy
+
+
+def freeze(model: nn.Module) -> None:
+    """Make a model's weights constant, and its matrices bfloat16 as mixed precision would at every pass."""
+    model.requires_grad_(False)
+    model.eval()
+    for name, module in list(model.named_modules()):
+        # An adapter's matrices stay as they are: they are the ones that learn.
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            # A new parameter: an output layer tied to the embeddings must leave those in float32.
+            module.weight = nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
+
+
+def without_adapter(model: Policy) -> AbstractContextManager[None]:
+    """Compute as before the adapter was put on: the reference policy of LoRA training."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def trunk_and_head(model: Policy) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder that gives hidden states, and the layer that turns them into logits."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.base_model, inner.get_output_embeddings()
+
+
+def merged_weights(model: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight of the plain model, adapters added in; tied output weights left out."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapted = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
+    tied = getattr(inner.config, "tie_word_embeddings", False)
+    for name, value in inner.state_dict().items():
+        if "lora_" in name or (tied and name == "lm_head.weight"):
+            continue
+        plain = name.replace(".base_layer.", ".")
+        layer = adapted.get(name.removesuffix(".base_layer.weight")) if plain != name else None
+        if layer is not None and name.endswith(".weight"):
+            yield plain, value.detach().float() + layer.get_delta_weight("default").detach().float()
+        else:
+            yield plain, value.detach()
+
+
+def write_checkpoint(model: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a Hugging Face directory of bfloat16 weights, as versions and engines want it.
+
+    The weights are exactly those that mixed precision multiplies with in training (but for a LoRA adapter,
+    whose product is added in before rounding).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in merged_weights(model)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    dtype = inner.config.dtype
+    inner.config.dtype = torch.bfloat16
+    inner.config.save_pretrained(directory)
+    inner.config.dtype = dtype
+    if inner.generation_config is not None:
+        inner.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def read_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Give a plain model the weights that `write_checkpoint` left in `directory`."""
+    missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    # A tied output layer is not in the file: it is the embeddings, which are.
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{directory} holds another model's weights: {[*missing, *unexpected][:3]}")

@@ -1,0 +1,85 @@
+"""Files that a round may be given beside its slice: the pretraining mix of PPO (PPO-ptx), and prompts."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.contest import Prompt
+
+
+class FileProblem(ValueError):  # noqa: N818
+    """A file of texts or prompts can't be used; the message names the file, the line and the field."""
+
+
+class PretrainingTexts:
+    """Pieces of `tokens` token ids from the texts of a JSON-lines file, `{"text": …}` a line.
+
+    Raises FileProblem where the file is not that, or holds not one whole piece.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+        self._pieces = []
+        for number, row in _rows(path):
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise FileProblem(f'{path}, line {number}: "text" has to be a string')
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            self._pieces += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
+        if not self._pieces:
+            raise FileProblem(f"{path} holds no text of {tokens} tokens")
+
+    def batch(self, step: int, size: int, seed: int) -> list[list[int]]:
+        """Return the pieces of the optimiser's step with this number: a function of its arguments alone."""
+        return in_passes(self._pieces, step * size, size, seed)
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Prompt]:
+    """Read prompts from JSON lines, `{"prompt": "…"}` (a user's turn) or `{"messages": […]}`.
+
+    Longer ones lose their beginning beyond `tokens`. Raises FileProblem.
+    """
+    prompts = []
+    for number, row in _rows(path):
+        messages = row.get("messages")
+        if messages is None and isinstance(row.get("prompt"), str):
+            messages = [{"role": "user", "content": row["prompt"]}]
+        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+            raise FileProblem(f'{path}, line {number}: "prompt" (a string) or "messages" (a list) is missing')
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompts.append(Prompt(f"file:{number}", list(ids)[-tokens:]))
+    return prompts
+
+
+def in_passes(items: Sequence[Any], start: int, count: int, seed: int) -> list[Any]:
+    """Return `count` items from position `start` of an endless row of seeded passes over all of them.
+
+    A function of its arguments alone, so that a resumed run asks for what the unbroken one would have.
+    """
+    chosen = []
+    for position in range(start, start + count):
+        sweep, index = divmod(position, len(items))
+        order = list(range(len(items)))
+        random.Random(f"{seed}:{sweep}").shuffle(order)
+        chosen.append(items[order[index]])
+    return chosen
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise FileProblem(f"{path}, line {number}: not a JSON object")
+                    yield number, row
+    except OSError as problem:
+        raise FileProblem(f"{path} can't be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        if isinstance(problem, FileProblem):
+            raise
+        raise FileProblem(f"{path} is not JSON lines in UTF-8: {problem}") from problem
