@@ -4,12 +4,17 @@ import os
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from instructloop import model
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ("unit", "integration", "e2e")
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

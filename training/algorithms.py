@@ -37,6 +37,7 @@ with mock.patch.object(
     from trl import RLOOConfig, RLOOTrainer
 
 Row = dict[str, Any]
+Result = dict[str, Any]
 Reward = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]
 """Prompts and one response to each, as token ids, to scores."""
 
@@ -69,17 +70,15 @@ class NothingToLearnFrom(ValueError):  # noqa: N818
     """The feedback has nothing that the algorithm learns from; the message says what is missing."""
 
 
-def train(task: Task) -> tuple[Policy, dict[str, Any]]:
+def train(task: Task) -> tuple[Policy, Result]:
     """Return the policy as the configured algorithm leaves it, and what it tells of its run as plain JSON.
 
     Raises NothingToLearnFrom.
     """
-    if task.settings.algorithm == "ppo":
-        return _ppo(task)
-    return {"rloo": _rloo, "dpo": _dpo, "kto": _kto}[task.settings.algorithm](task), {}
+    return {"ppo": _ppo, "rloo": _rloo, "dpo": _dpo, "kto": _kto}[task.settings.algorithm](task)
 
 
-def _ppo(task: Task) -> tuple[Policy, dict[str, Any]]:
+def _ppo(task: Task) -> tuple[Policy, Result]:
     settings = task.settings
     if task.updates is not None:
         settings = settings.model_copy(update={"ppo_updates": task.updates})
@@ -100,7 +99,7 @@ def _ppo(task: Task) -> tuple[Policy, dict[str, Any]]:
     return ppo.trained_policy(), ppo.result()
 
 
-def _rloo(task: Task) -> PreTrainedModel:
+def _rloo(task: Task) -> tuple[Policy, Result]:
     model = RewardModel.load(task.reward_model)
 
     def reward(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
@@ -112,25 +111,24 @@ def _rloo(task: Task) -> PreTrainedModel:
     return rloo(task, reward)
 
 
-def rloo(task: Task, reward: Reward) -> PreTrainedModel:
+def rloo(task: Task, reward: Reward) -> tuple[Policy, Result]:
     """RLOO: the baseline is the mean of a prompt's other responses (Ahmadian et al. 2024, arXiv 2402.14740).
 
-    An update has as many episodes as one of PPO's, `rloo_samples` to each of its prompts, and the same
-    penalties for KL and a missing end. Responses are sampled by Transformers in this process, as TRL does it.
+    An update has the episodes of one of PPO's, as many to each of its prompts, and the same penalties for KL,
+    a missing end and few tokens. Responses are sampled by Transformers in this process, as TRL does it.
     """
     settings, end = task.settings, task.tokenizer.eos_token_id
     updates = task.updates or settings.ppo_updates
-    prompts_an_update = settings.ppo_batch // settings.rloo_samples
+    prompts_an_update = settings.ppo_batch // settings.ppo_samples_per_prompt
     # In the order of use: TRL's own shuffling leaves out what does not fill an update.
-    rows = [
-        {"prompt": prompt.token_ids}
-        for update in range(updates)
-        for prompt in in_passes(task.prompts, update * prompts_an_update, prompts_an_update, settings.seed)
-    ]
+    asked = in_passes(task.prompts, 0, updates * prompts_an_update, settings.seed)
 
     def penalised(prompts: Any, completion_ids: Any, **_: Any) -> list[float]:
-        unended = [settings.ppo_missing_end_penalty * (ids[-1] != end) for ids in completion_ids]
-        return [score - less for score, less in zip(reward(prompts, completion_ids), unended, strict=True)]
+        wrong = [ids[-1] != end or len(ids) < settings.ppo_minimum_tokens for ids in completion_ids]
+        return [
+            score - settings.ppo_missing_end_penalty * penalty
+            for score, penalty in zip(reward(prompts, completion_ids), wrong, strict=True)
+        ]
 
     steps_an_update = settings.ppo_mini_batches * settings.ppo_epochs
     config = RLOOConfig(
@@ -140,7 +138,7 @@ def rloo(task: Task, reward: Reward) -> PreTrainedModel:
         per_device_train_batch_size=settings.ppo_batch // settings.ppo_mini_batches // processes.count(),
         steps_per_generation=settings.ppo_mini_batches,
         num_iterations=settings.ppo_epochs,
-        num_generations=settings.rloo_samples,
+        num_generations=settings.ppo_samples_per_prompt,
         max_completion_length=settings.ppo_response_tokens,
         temperature=settings.ppo_temperature,
         beta=0.0,  # TRL would read the reference from disk; it is set below
@@ -151,16 +149,17 @@ def rloo(task: Task, reward: Reward) -> PreTrainedModel:
         model=task.policy,
         reward_funcs=penalised,
         args=config,
-        train_dataset=HfDataset.from_list(rows),
+        train_dataset=HfDataset.from_list([{"prompt": prompt.token_ids} for prompt in asked]),
         processing_class=task.tokenizer,
         callbacks=[ReportedLogs(_by_update(task.report, steps_an_update))],
     )
     trainer.beta = settings.ppo_kl_coefficient
     trainer.ref_model = trainer.accelerator.prepare_model(copy.deepcopy(task.policy), evaluation_mode=True)
-    return _run(trainer)
+    policy, result = _run(trainer)
+    return policy, result | {"updates": updates}
 
 
-def _dpo(task: Task) -> PreTrainedModel:
+def _dpo(task: Task) -> tuple[Policy, Result]:
     """DPO (Rafailov et al. 2023, arXiv 2305.18290) on every pair of the rankings."""
     rows = pairs(task.side.comparisons)
     if not rows:
@@ -177,7 +176,7 @@ def _dpo(task: Task) -> PreTrainedModel:
     )
 
 
-def _kto(task: Task) -> PreTrainedModel:
+def _kto(task: Task) -> tuple[Policy, Result]:
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) on thumbs, ratings and every pair's two responses."""
     rows = desirability(task.side)
     good = sum(row["label"] for row in rows)
@@ -297,8 +296,8 @@ def _by_update(report: Report, steps_an_update: int) -> Report:
     return lambda step, steps, figures: report(step // steps_an_update, steps // steps_an_update, figures)
 
 
-def _run(trainer: Any) -> PreTrainedModel:
+def _run(trainer: Any) -> tuple[Policy, Result]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     policy: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return policy
+    return policy, {"updates": trainer.state.global_step}

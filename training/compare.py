@@ -28,7 +28,7 @@ from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds, UnknownRound
 from training.algorithms import train
-from training.policy import load_policy, write_checkpoint
+from training.policy import Policy, load_policy, write_checkpoint
 from training.reward_model import Report
 from training.round import Result, RoundRun, SamplerFactory, kl_from
 from training.settings import TrainingSettings
@@ -202,7 +202,7 @@ class ComparisonRun(RoundRun):
             "sft_answers": [samples[0].text for samples in self._answers_of_sft(seed)[:SHOWN_PROMPTS]],
         }
 
-    def _timed(self, settings: TrainingSettings, updates: int, report: Report) -> tuple[float, Any]:
+    def _timed(self, settings: TrainingSettings, updates: int, report: Report) -> tuple[float, Policy]:
         """Return the compute used before training, and the trained policy."""
         work = self._directory / "algorithm"
         shutil.rmtree(work, ignore_errors=True)  # what a killed run left must not save this one its compute

@@ -1,7 +1,7 @@
 """One round in several processes: which is first, whose share is whose, and how their sums come together.
 
-`torchrun` or `accelerate launch` start the processes, each of which sees the same data directory. Only the first
-writes, samples and judges. A process that was started by itself is the first of one.
+`torchrun` or `accelerate launch` start the processes, each of which sees the same data directory. Only the
+first writes, samples and judges. A process that was started by itself is the first of one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
@@ -196,7 +196,7 @@ class RoundRun:
         kept = checkpoint_epochs(self._settings.sft_epochs, self._settings.sft_checkpoints)
         epochs: list[dict[str, Any]] = []
 
-        def epoch_end(epoch: int, loss: float, policy: PreTrainedModel) -> None:
+        def epoch_end(epoch: int, loss: float, policy: Policy) -> None:
             epochs.append({"epoch": epoch, "loss": loss, "kept": epoch in kept})
             if epoch in kept:
                 self._write(policy, checkpoints / str(epoch))
@@ -436,7 +436,7 @@ class RoundRun:
 
 
 def kl_from(
-    reference: PreTrainedModel,
+    reference: Policy,
     prompts: Sequence[Prompt],
     ours: Sequence[Sequence[Sample]],
     temperature: float,

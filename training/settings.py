@@ -151,11 +151,6 @@ class TrainingSettings(BaseModel):
     rollout_engine: Literal["vllm", "transformers"] = Field(
         "vllm", description="What samples the episodes and the held-out answers."
     )
-    rloo_samples: int = Field(
-        4,
-        ge=2,
-        description="Responses to a prompt in RLOO, which otherwise has PPO's settings; divides `ppo_batch`.",
-    )
     preference_epochs: int = Field(
         1, ge=1, description="Passes over the pairs or judged responses in DPO and KTO."
     )

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from evaluation.reward_model import DEVICE
 from training import processes
 from training.dataset import Demonstration
-from training.policy import load_policy
+from training.policy import Policy, load_policy
 from training.progress import ReportedLogs
 from training.reward_model import Report
 from training.settings import TrainingSettings
@@ -22,7 +22,7 @@ from training.settings import TrainingSettings
 # not pay: attention over the longer row costs a tenth more than the padding did, a quarter of the tokens.
 PACKED = DEVICE.type != "cpu"
 
-EpochEnd = Callable[[int, float, PreTrainedModel], None]
+EpochEnd = Callable[[int, float, Policy], None]
 """Called after each epoch with its number (from 1), the mean loss of its steps, and the policy as it is."""
 
 

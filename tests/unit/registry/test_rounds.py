@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructloop.database import connect
@@ -173,6 +173,7 @@ def test_the_configs_hash_ignores_order_and_nothing_else() -> None:
         config_hash({"a": math.inf})
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 60))
 def test_learned_from_finds_the_one_round_whose_slice_holds_the_position(
     sizes: list[int], position: int

@@ -169,7 +169,7 @@ def test_rloo_raises_a_simple_reward_on_our_prompts(tmp_path: Path) -> None:
         assert all(END not in response[:-1] for response in responses)
         return [float(list(response).count(7)) for response in responses]
 
-    after = rloo(run.task, reward)
+    after, _ = rloo(run.task, reward)
     assert run.steps == [(i, 12) for i in range(1, 13)]
     assert len(asked) == 12 * 16
     groups = [asked[i : i + 4] for i in range(0, len(asked), 4)]
@@ -191,6 +191,12 @@ def test_rloo_takes_the_penalty_from_responses_that_do_not_end(tmp_path: Path) -
     figures = run.figures[0]
     assert figures["reward"] == pytest.approx(0.5 - 3.0 * figures["completions/clipped_ratio"], abs=1e-5)
     assert figures["completions/clipped_ratio"] > 0
+
+
+def test_rloo_takes_the_penalty_from_short_responses_too(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings("rloo", ppo_updates=1, ppo_missing_end_penalty=3.0, ppo_minimum_tokens=7))
+    rloo(run.task, lambda prompts, responses: [0.5] * len(responses))
+    assert run.figures[0]["reward"] == pytest.approx(0.5 - 3.0)  # six tokens are the most they can have
 
 
 def test_rloo_is_rewarded_by_the_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
