@@ -31,6 +31,7 @@ from training.pretraining import PretrainingTexts, read_prompts
 from training.progress import Progress
 from training.reward_model import accuracy_by_source, fit
 from training.rollouts import Rollouts
+from training.samples import SampleLog
 from training.settings import TrainingSettings
 from training.sft import fine_tune
 
@@ -211,6 +212,7 @@ class RoundRun:
                 work=self._directory / "ppo",
                 report=report,
                 texts=texts,
+                keep_samples=SampleLog(self._directory).keep,
             )
             ppo.train()
         write_checkpoint(ppo.trained_policy(), self._tokenizer, self._directory / "candidate")
