@@ -12,13 +12,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 from training.round import MODELS, RoundRefused
+from training.settings import TrainingSettings
 from training.trackers import TRACKING
 
-WEIGHTS_A_ROUND = 22
-"""How many times the policy's bfloat16 weights a round may have on disk: 18.2 as measured, a fifth to spare.
-
-Two PPO checkpoints in float32 with Adam's moments while one replaces the other (12), two reward models in
-float32 (4), the SFT policy and the rollouts' (2)."""
+_TO_SPARE = 1.1
 
 
 def tidy(root: Path, keep_models: Collection[int | None]) -> None:
@@ -33,18 +30,31 @@ def tidy(root: Path, keep_models: Collection[int | None]) -> None:
                 shutil.rmtree(path)
 
 
-def check_space(root: Path, parent: Path) -> None:
+def check_space(root: Path, parent: Path, settings: TrainingSettings) -> None:
     """Raise RoundRefused where there is too little free space below `root` for a round.
 
     `parent` is the directory of the version that it starts from.
     """
-    needed = WEIGHTS_A_ROUND * 2 * _parameters(parent)
+    needed = _TO_SPARE * weights_a_round(settings) * 2 * _parameters(parent)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise RoundRefused(
             f"a round from {parent.name} takes up to {needed / 2**30:.1f} GiB of disk and {root} has "
             f"{free / 2**30:.1f} GiB free: free some, or lower training.keep_rounds and keep_versions"
         )
+
+
+def weights_a_round(settings: TrainingSettings) -> int:
+    """How much a round has on disk at most, in multiples of the policy's weights in bfloat16.
+
+    The SFT policy, two rollouts' and the candidate (4), two reward models in float32 (4), and twice PPO's
+    checkpoint, while one replaces the other: weights in float32 with Adam's two moments (6), their average
+    (2), and as much for a critic with a trunk of its own. Adapters weigh next to nothing.
+    """
+    checkpoint = 0 if settings.ppo_lora_rank else 6
+    checkpoint += 2 if settings.ppo_ema_decay and not settings.ppo_lora_rank else 0
+    checkpoint += 6 if settings.ppo_critic == "separate" else 0
+    return 8 + 2 * checkpoint
 
 
 def _parameters(directory: Path) -> int:

@@ -5,29 +5,25 @@ is decided by who hands them over.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 SAMPLES = "samples.jsonl"
 SAMPLES_AN_UPDATE = 4
 
 
-class Sample(TypedDict):
-    """A prompt and a response to it as text, with the score that the algorithm maximised."""
-
-    prompt: str
-    response: str
-    score: float
-
-
 class SampleLog:
-    """The samples of the round in `directory`; each line is a `Sample` with its `update`, from 1."""
+    """The samples of the round in `directory`.
+
+    Each is a `prompt` and a `response` as text with the `score` that was maximised, and in the file with the
+    number of its `update`, from 1.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / SAMPLES
 
-    def keep(self, update: int, samples: Sequence[Sample]) -> None:
+    def keep(self, update: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Add the first few samples of an update, in place of those of a run that was killed after it."""
         lines = [line for line in self.read() if line["update"] < update]
         lines += [{"update": update, **sample} for sample in samples[:SAMPLES_AN_UPDATE]]

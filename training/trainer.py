@@ -177,7 +177,8 @@ class Trainer:
     def _run(self, round_: Round) -> tuple[Result, str]:
         directory = self._root / f"{round_.id:04d}"
         if not directory.exists():
-            check_space(self._root, self._registry.version(round_.config["parent"]).path)
+            parent = self._registry.version(round_.config["parent"])
+            check_space(self._root, parent.path, TrainingSettings(**round_.config["training"]))
         with Trackers(
             self._settings.report_to,
             run_name=f"round-{round_.id:04d}",

@@ -10,6 +10,7 @@ from typing import Any
 from integration.round_process import RoundInstallation
 
 from training.round import STAGES
+from training.samples import SampleLog
 
 KILLS = 10
 SEED = 20220304
@@ -38,6 +39,7 @@ def outcome(installation: RoundInstallation) -> dict[str, Any]:
         "manifest's verdict": version.manifest.verdict,
         "results": {stage.name: (stage.state, stage.result) for stage in installation.rounds.stages(1)},
         "metrics": {(m.stage, m.step, m.name): m.value for m in installation.rounds.metrics(1)},
+        "samples": SampleLog(installation.directory / "rounds" / "0001").read(),
         "on disk": sorted(
             str(path.relative_to(installation.directory))
             for path in (installation.directory / "rounds").rglob("*")

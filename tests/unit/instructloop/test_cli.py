@@ -122,7 +122,7 @@ def test_rounds_are_shown_compared_pinned_and_reported(
     from instructloop import installation
     from instructloop.config import load
     from registry.rounds import Rounds
-    from training.samples import Sample, SampleLog
+    from training.samples import SampleLog
 
     rounds = Rounds(installation.open_database(load()))
     for updates, loss in ((8, 0.5), (12, 0.25)):
@@ -159,7 +159,7 @@ def test_rounds_are_shown_compared_pinned_and_reported(
 
     directory = data_dir / "rounds" / "0002"
     directory.mkdir(parents=True)
-    SampleLog(directory).keep(1, [Sample(prompt="say w7", response="w7 <w7>", score=1.0)])
+    SampleLog(directory).keep(1, [{"prompt": "say w7", "response": "w7 <w7>", "score": 1.0}])
     assert cli.run(["rounds", "report", "2", "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "w7 &lt;w7&gt;" in page

@@ -1,13 +1,14 @@
 """Sample responses: bounded, and after a resumption as if nothing had happened."""
 
 from pathlib import Path
+from typing import Any
 
-from training.samples import SAMPLES_AN_UPDATE, Sample, SampleLog
+from training.samples import SAMPLES_AN_UPDATE, SampleLog
 
 
-def some(update: int, run: int = 1) -> list[Sample]:
+def some(update: int, run: int = 1) -> list[dict[str, Any]]:
     return [
-        Sample(prompt=f"p{i}\n\u2028", response=f"{run}: <b>{update}</b>", score=i / 3) for i in range(10)
+        {"prompt": f"p{i}\n\u2028", "response": f"{run}: <b>{update}</b>", "score": i / 3} for i in range(10)
     ]
 
 

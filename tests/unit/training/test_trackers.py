@@ -11,7 +11,13 @@ from unit.training.installation import Installation
 from training.round import RoundRefused
 from training.trackers import Trackers
 
-QUICK: dict[str, Any] = {"reward_epochs": 1, "ppo_updates": 2, "ppo_batch": 4, "sft_epochs": 1.0}
+QUICK: dict[str, Any] = {
+    "reward_epochs": 1,
+    "sft_epochs": 1.0,
+    "ppo_updates": 2,
+    "ppo_batch": 4,
+    "ppo_samples_per_prompt": 1,
+}
 
 
 class Notebook(TrainerCallback):  # type: ignore[misc]

@@ -16,12 +16,19 @@ from evaluation.sampler import Sampler
 from evaluation.settings import EvaluationSettings
 from registry.round_record import differences, read_record, same_weights
 from registry.rounds import UnknownRound
-from training.disk import WEIGHTS_A_ROUND, tidy
+from training.disk import tidy, weights_a_round
 from training.failures import explain
 from training.round import MOST_ATTEMPTS, STAGES, EngineFailed, RoundRefused
+from training.samples import SAMPLES, SAMPLES_AN_UPDATE, SampleLog
 from training.settings import TrainingSettings
 
-QUICK: dict[str, Any] = {"reward_epochs": 1, "ppo_updates": 2, "ppo_batch": 4, "sft_epochs": 1.0}
+QUICK: dict[str, Any] = {
+    "reward_epochs": 1,
+    "sft_epochs": 1.0,
+    "ppo_updates": 2,
+    "ppo_batch": 4,
+    "ppo_samples_per_prompt": 1,
+}
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def kept(installation: Installation, number: int) -> set[str]:
     return {path.name for path in (installation.directory / "rounds" / f"{number:04d}").iterdir()}
 
 
-RESULTS = {f"{stage}.json" for stage in STAGES}
+RESULTS = {f"{stage}.json" for stage in STAGES} | {SAMPLES}
 
 
 def test_a_repeat_gives_the_same_weights_and_moves_nothing(installation: Installation) -> None:
@@ -177,8 +184,13 @@ def test_only_what_is_named_survives_tidying(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ppo_ema_decay": 0.9}, {"ppo_critic": "separate"}, {"ppo_lora_rank": 1}],
+    ids=["full", "average", "critic", "adapters"],
+)
 def test_a_round_takes_no_more_disk_than_it_is_refused_on(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     """The most that stood below its directory whenever PPO had written a checkpoint, against the estimate."""
     root = installation.directory / "rounds"
@@ -190,9 +202,14 @@ def test_a_round_takes_no_more_disk_than_it_is_refused_on(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", measuring)
-    installation.trainer(**QUICK | {"ppo_checkpoint_updates": 1}).run_once()
+    settings = QUICK | {"ppo_checkpoint_updates": 1, **more}
+    ended = installation.trainer(**settings).run_once()
+    assert ended is not None
+    assert ended.state == "done"
     weights = (installation.registry.version("policy-0000").path / "model.safetensors").stat().st_size
-    assert 0.7 * WEIGHTS_A_ROUND < max(sizes) / weights < WEIGHTS_A_ROUND
+    bound = weights_a_round(TrainingSettings(**settings))
+    # Without a full checkpoint the most is there when nothing is renamed.
+    assert (0.7 if "ppo_lora_rank" in more else 0.9) * bound < max(sizes) / weights < 1.05 * bound
 
 
 def test_a_round_is_refused_where_the_disk_is_too_small(
@@ -310,6 +327,16 @@ def test_failures_name_stage_reason_and_remedy(problem: Exception, says: str) ->
 
 def test_a_refusal_speaks_for_itself() -> None:
     assert explain("dataset", RoundRefused("collect more")) == "dataset: collect more"
+
+
+def test_each_update_leaves_samples(installation: Installation) -> None:
+    installation.trainer(**QUICK).run_once()
+    found = SampleLog(installation.directory / "rounds" / "0001").read()
+    assert [line["update"] for line in found] == [1] * SAMPLES_AN_UPDATE + [2] * SAMPLES_AN_UPDATE
+    scores = [m.value for m in installation.rounds.metrics(1) if m.name == "objective/scores"]
+    # With four episodes an update, the samples are all of them.
+    assert sum(line["score"] for line in found[:4]) / 4 == pytest.approx(scores[0], rel=1e-4)
+    assert all(line["prompt"].endswith("assistant") for line in found)
 
 
 def test_results_stand_in_the_store_as_on_disk(installation: Installation) -> None:
