@@ -59,7 +59,7 @@ def test_a_second_round_starts_from_the_first_ones_reward_model_and_a_share_of_i
 ) -> None:
     def train(**changes: object) -> Mapping[str, Any]:
         settings = TrainingSettings(
-            minimum_judged=4, ppo_updates=1, ppo_batch=4, ppo_response_tokens=4, **changes
+            minimum_judged=4, ppo_updates=1, ppo_batch=8, ppo_response_tokens=4, **changes
         )
         round_ = Trainer(
             settings=settings,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from unit.training.tiny import END, TransformersSampler, tiny_model, tiny_tokenizer
 
 from evaluation.contest import Prompt
-from evaluation.reward_model import RewardModel, score_responses
+from evaluation.reward_model import RewardModel, scores_and_spreads
 from training.algorithms import NothingToLearnFrom, Task, beside_neighbours, desirability, pairs, rloo, train
 from training.dataset import Comparison, Judgement, Side
 from training.logprobs import total_logprobs
@@ -201,17 +201,18 @@ def test_rloo_takes_the_penalty_from_short_responses_too(tmp_path: Path) -> None
 
 def test_rloo_is_rewarded_by_the_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, settings("rloo", ppo_updates=1))
-    model = RewardModel.load(tmp_path / "reward_model")
+    model = RewardModel(RewardModel.load(tmp_path / "reward_model").backbone, heads=3)
     torch.nn.init.normal_(model.head.weight)
     model.save(tmp_path / "reward_model")
     scored: list[tuple[list[int], list[int], float]] = []
 
-    def spy(model: RewardModel, items: Any) -> list[list[float]]:
-        scores = score_responses(model, items)
-        scored.extend((prompt, own[0], score[0]) for (prompt, own), score in zip(items, scores, strict=True))
-        return scores
+    def spy(model: RewardModel, items: Any) -> list[tuple[list[float], list[float]]]:
+        found = scores_and_spreads(model, items)
+        for (prompt, own), (scores, spreads) in zip(items, found, strict=True):
+            scored.append((prompt, own[0], scores[0] - FAST.reward_spread_penalty * spreads[0]))
+        return found
 
-    monkeypatch.setattr("training.algorithms.score_responses", spy)
+    monkeypatch.setattr("training.algorithms.scores_and_spreads", spy)
     train(run.task)
     assert len(scored) == FAST.ppo_batch
     assert all(prompt in [known.token_ids for known in PROMPTS] for prompt, _, _ in scored)

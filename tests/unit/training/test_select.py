@@ -61,7 +61,7 @@ def slow_score(directory: Path, installation: Installation, epoch: int) -> float
     )
     with torch.no_grad():
         scores = [
-            float(model(pack([(prompt.token_ids, [sample.token_ids])])))
+            float(model(pack([(prompt.token_ids, [sample.token_ids])])).mean())
             for prompt, samples in zip(prompts, answers, strict=True)
             for sample in samples
         ]
