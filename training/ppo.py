@@ -53,7 +53,6 @@ from training.pretraining import PretrainingTexts, in_passes
 from training.reward_model import Report
 from training.rollouts import Rollouts
 from training.samples import SAMPLES_AN_UPDATE
-from training.samples import Sample as ShownSample
 from training.settings import TrainingSettings
 
 TOKENS_A_PASS = 1024
@@ -67,7 +66,7 @@ GAP_TOKENS = 256
 RETREATS = 3
 """How often PPO goes back to its last checkpoint, with half the learning rate, before it gives up."""
 
-KeepSamples = Callable[[int, list[ShownSample]], None]
+KeepSamples = Callable[[int, list[dict[str, Any]]], None]
 
 
 @dataclass(slots=True)
@@ -533,7 +532,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             group["lr"] /= 2
         self._save()
 
-    def _shown(self, episodes: Episodes) -> list[ShownSample]:
+    def _shown(self, episodes: Episodes) -> list[dict[str, Any]]:
         """Return the first response to some of an update's prompts, as text with its score."""
         rows = [episodes.of([i])[0] for i in range(min(SAMPLES_AN_UPDATE, len(episodes.prompts)))]
         return [

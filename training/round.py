@@ -252,7 +252,7 @@ class RoundRun:
             score = _mean_score(model, prompts, samples, self._evaluation)
             scored.append({"epoch": item["epoch"], "loss": item["loss"], "score": score.figures()})
             figures = {"score": score.estimate, "score/low": score.low, "score/high": score.high}
-            self._rounds.metric(self._round.id, "select", item["epoch"], figures | {"loss": item["loss"]})
+            self._keep("select", item["epoch"], figures | {"loss": item["loss"]})
         chosen = max(scored, key=lambda item: item["score"]["estimate"])["epoch"]
         _replace(self._directory / "sft_epochs" / str(chosen), self._directory / "sft")
         return {"epoch": chosen, "epochs": scored}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from unit.training.installation import EVALUATION, TRAINING, Installation
 
@@ -24,12 +25,17 @@ SETTINGS |= {f"EVALUATION__{name.upper()}": json.dumps(value) for name, value in
 class RoundInstallation(Installation):
     """An installation whose trainer is the command `instructloop train --once`."""
 
-    def start(self, *command: str, **more: str) -> "subprocess.Popen[bytes]":
+    def start(self, *command: str, launcher: Sequence[str] = (), **more: str) -> "subprocess.Popen[bytes]":
         environment = {f"INSTRUCTLOOP_{name}": value for name, value in (SETTINGS | more).items()}
         environment |= {"INSTRUCTLOOP_DATA_DIR": str(self.directory), "OMP_NUM_THREADS": "1"}
         with (self.directory / "trainer.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "instructloop.cli", *(command or ("train", "--once"))],
+                [
+                    *(launcher or [sys.executable]),
+                    "-m",
+                    "instructloop.cli",
+                    *(command or ("train", "--once")),
+                ],
                 env=os.environ | environment,
                 cwd=self.directory,
                 stdout=log,
