@@ -155,9 +155,6 @@ class ComparisonRun(RoundRun):
     def _score_for_queries(self, model: RewardModel) -> None:
         """Ask nobody anything: that is for rounds."""
 
-    def _score_for_queries(self, model: RewardModel) -> None:
-        """Leave what raters are asked to the rounds."""
-
     def _check_directory(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         file = self._directory / "config.json"
