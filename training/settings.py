@@ -137,7 +137,7 @@ class TrainingSettings(BaseModel):
         description="The candidate is the moving average of the weights over the steps; 0 takes the last.",
     )
     ppo_logprob_gap: float = Field(
-        0.05,
+        0.1,
         ge=0,
         description="How far, in mean nats a token, the rollout engine's logprobs may be from the trainer's.",
     )
