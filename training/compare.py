@@ -26,7 +26,7 @@ from evaluation.sampler import Sample
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
 from registry.registry import Registry
-from registry.rounds import Round, Rounds, UnknownRound
+from registry.rounds import Round, Rounds, Stage, UnknownRound
 from training.algorithms import train
 from training.policy import Policy, load_policy, write_checkpoint
 from training.reward_model import Report
@@ -324,6 +324,9 @@ class _Unrecorded(Rounds):
 
     def stage(self, round_id: int, name: str, state: str, *_: object) -> None:
         pass
+
+    def stages(self, round_id: int) -> list[Stage]:
+        return []
 
     def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
         pass

@@ -151,8 +151,8 @@ class RoundRun:
 
     def _refuse_to_die_again(self, name: str) -> None:
         """Raise RoundRefused for a stage that was begun too often: what kills it leaves no error."""
-        (attempts,) = (stage.attempts for stage in self._rounds.stages(self._round.id) if stage.name == name)
-        if attempts > MOST_ATTEMPTS:
+        attempts = {stage.name: stage.attempts for stage in self._rounds.stages(self._round.id)}
+        if attempts.get(name, 0) > MOST_ATTEMPTS:
             raise RoundRefused(
                 f"its process was killed {MOST_ATTEMPTS} times, most likely for want of memory: look at the "
                 "system's log; lower training.prompt_tokens, training.response_tokens, training.ppo_batch or "
@@ -259,6 +259,7 @@ class RoundRun:
 
     def _ppo(self) -> Result:
         """Train the policy by the configured algorithm."""
+        shutil.rmtree(self._directory / "sft_epochs", ignore_errors=True)  # the choice has been made
         with self._progress("ppo") as report:
             policy, details = train(self._task(self._settings, self._directory / "ppo", report))
         self._write(policy, self._directory / "candidate")

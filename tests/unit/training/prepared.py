@@ -73,6 +73,7 @@ class Installation:
             registry=self.registry,
             rounds=self.rounds,
             make_sampler=lambda model_dir, _: TransformersSampler(model_dir),
+            track=lambda *_: None,
         )
 
 

@@ -138,8 +138,10 @@ def test_old_rounds_leave_results_and_pinned_ones_can_be_repeated(installation: 
     for number in (1, 2, 4):
         assert kept(installation, number) == RESULTS | {"reward_model", "judge"}
     states = {version.name: version.state for version in installation.registry.versions()}
-    assert states["policy-0003"] == ("serving" if states["policy-0003"] == "serving" else "pruned")
-    assert "pruned" not in (states["policy-0000"], states["policy-0001"], states["policy-0002"])
+    pinned = installation.rounds.get(2)
+    assert "pruned" not in (states[str(pinned.version)], states[pinned.config["parent"]])
+    # Of what was ruled out or has served its time, the newest alone keeps its weights.
+    assert list(states.values()).count("pruned") >= 1
     assert installation.trainer(**settings).repeat(2, {}).state == "done"
     # What round 3 started from has been kept for round 2; round 4's start has gone.
     with pytest.raises(RoundRefused, match="round 3's reward model, which was tidied away: pin rounds"):
