@@ -526,6 +526,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             ) from problem
         self.optimizer.zero_grad()
         self._resume()
+        processes.wait_for_all()  # before the first one writes what the others are to read
         self._retreats = retreats
         self.lr_scheduler.base_lrs = [lr / 2 for lr in self.lr_scheduler.base_lrs]
         for group in self.optimizer.param_groups:
