@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from integration.round_process import ENGINE_SECONDS, RoundInstallation
 
-SETTINGS = {"TRAINING__PPO_UPDATES": "3", "TRAINING__REWARD_EPOCHS": "4"}
+SETTINGS = {
+    "TRAINING__PPO_UPDATES": "3",
+    "TRAINING__REWARD_EPOCHS": "4",
+    "TRAINING__REWARD_LEARNING_RATE": "3e-4",
+}
 Figures = dict[tuple[str, int, str], float]
 
 
@@ -21,7 +25,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     for installation in (one, two):
         installation.give_feedback(seed=1)
     one.train(**SETTINGS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launched = two.start("train", "--once", launcher=launcher, **SETTINGS)
     assert launched.wait(timeout=2 * ENGINE_SECONDS) == 0, two.log()[-4000:]
 
@@ -31,7 +35,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         losses = [key for key in alone if key[0] == stage and key[2] == "loss" and 0 < key[1] <= steps]
         assert len(losses) == steps
         for key in losses:
-            assert together[key] == pytest.approx(alone[key], rel=0.03), key
+            assert together[key] == pytest.approx(alone[key], rel=0.03, abs=2e-3), key
     # Sums come together in another order: beyond the first update a sampled token may turn out otherwise.
     first = [key for key in alone if key[:2] == ("ppo", 1)]
     for name in ("objective/kl", "policy/entropy_avg", "response/length", "response/ended"):
@@ -45,7 +49,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 def test_a_round_that_fails_in_several_processes_ends_them_all(tmp_path: Path) -> None:
     installation = RoundInstallation(tmp_path)
     installation.give_feedback(seed=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     failed = installation.start("train", "--once", launcher=launcher, TRAINING__MINIMUM_JUDGED="1000")
     assert failed.wait(timeout=ENGINE_SECONDS) == 1
     (round_,) = installation.rounds.list()
