@@ -166,7 +166,12 @@ def _contender(case: str, contender: str) -> dict[str, Any]:
     run = _stock if contender == STOCK else _ours
     with tempfile.TemporaryDirectory() as work:
         updates = run(
-            model_dir, tokenizer, prompts[:EPISODES], CASES[case], Path(work), OURS.get(contender, 1)
+            model_dir,
+            tokenizer,
+            prompts[:EPISODES],
+            case=CASES[case],
+            work=Path(work),
+            each=OURS.get(contender, 1),
         )
     return {"updates": updates[1:]}
 
