@@ -60,8 +60,8 @@ TOKENS_A_PASS = 1024
 GAP_LIMIT = 0.5
 """Mean distance in nats between the engine's and the trainer's logprobs; beyond it they are two policies."""
 
-GAP_TOKENS = 256
-"""On about so many response tokens of an update the engine's logprobs are checked."""
+GAP_TOKENS = 128
+"""On about so many response tokens of an update, of different prompts, the engine's logprobs are checked."""
 
 RETREATS = 3
 """How often PPO goes back to its last checkpoint, with half the learning rate, before it gives up."""
@@ -302,14 +302,14 @@ class PPO(PPOTrainer):  # type: ignore[misc]
 
     def _check_engine(self, episodes: Episodes) -> None:
         """Compare the engine's logprobs with the trainer's on some episodes; correct or stop."""
-        some, tokens = 0, 0
-        while some < len(episodes.prompts) and tokens < GAP_TOKENS:
-            tokens += sum(len(episodes.samples[row].token_ids) for row in episodes.of([some]))
-            some += 1
-        checked = episodes.of(range(some))
-        ours = self._logprobs_of(self.policy_model, episodes, list(self._passes(episodes, range(some))))
-        gaps = (ours - episodes.old_logprobs)[checked][episodes.mask[checked]].abs()
-        episodes.logprob_gap = float(gaps.mean())
+        checked: list[tuple[Prompt, Sample]] = []
+        for prompt, sample in zip(episodes.prompts, episodes.samples[:: episodes.a_prompt], strict=True):
+            if sum(len(of.token_ids) for _, of in checked) < GAP_TOKENS:
+                checked.append((prompt, sample))
+        items = [(prompt.token_ids, [sample.token_ids]) for prompt, sample in checked]
+        ours, _ = response_logprobs(self.policy_model, items, self.args.temperature)
+        theirs = torch.tensor([value for _, sample in checked for value in sample.logprobs], device=DEVICE)
+        episodes.logprob_gap = float((ours - theirs).abs().mean())
         if episodes.logprob_gap <= self._settings.ppo_logprob_gap:
             return
         if not episodes.logprob_gap <= GAP_LIMIT or self._settings.ppo_beyond_gap == "stop":

@@ -431,7 +431,7 @@ def test_the_pretraining_mix_keeps_the_texts_likely(model_dir: Path, tmp_path: P
         ppo, _ = _ppo(model_dir, tmp_path / str(coefficient), settings, texts=texts)
         ppo.train()
         ids = torch.tensor(texts.batch(0, 10, seed=1))
-        losses[coefficient] = float(ppo.policy_model(input_ids=ids, labels=ids).loss)
+        losses[coefficient] = float(ppo.policy_model(input_ids=ids, labels=ids).loss.detach())
     assert losses[1.0] < losses[0.0] - 0.2
 
 
