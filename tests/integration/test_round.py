@@ -46,7 +46,7 @@ def test_an_engine_that_finds_no_memory_says_what_to_lower(installation: RoundIn
     assert failed.wait(timeout=ENGINE_SECONDS) == 1
     (round_,) = installation.rounds.list()
     first, advice = str(round_.error).splitlines()
-    assert first.startswith("ppo: the rollout engine did not start: ")
+    assert first.startswith("select: the rollout engine did not start: ")
     assert "training.kv_cache_gib" in advice
     assert {path.name for path in (installation.directory / "rounds" / "0001").glob("*/")} == {
         "reward_model",
