@@ -42,7 +42,8 @@ class RewardModel(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.hidden_size, heads, device=DEVICE)
-        # From zero: scores of a random head would be noise that the trunk has to unlearn first.
+        # From zero: scores of a random head would be noise that the trunk has to unlearn first. Bootstraps
+        # tell the heads apart; with small random weights most of their spread was still noise after an epoch.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("offset", torch.zeros(heads, device=DEVICE))
