@@ -1,16 +1,22 @@
 """Two processes with gloo run the same round as one, and give the same losses."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from integration.round_process import ENGINE_SECONDS, RoundInstallation
+from unit.training.tiny import tiny_model
 
 SETTINGS = {
     "TRAINING__PPO_UPDATES": "3",
     "TRAINING__REWARD_EPOCHS": "4",
     "TRAINING__REWARD_LEARNING_RATE": "3e-4",
 }
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TESTS = Path(__file__).resolve().parents[1]
 Figures = dict[tuple[str, int, str], float]
 
 
@@ -25,8 +31,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     for installation in (one, two):
         installation.give_feedback(seed=1)
     one.train(**SETTINGS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launched = two.start("train", "--once", launcher=launcher, **SETTINGS)
+    launched = two.start("train", "--once", launcher=LAUNCHER, **SETTINGS)
     assert launched.wait(timeout=2 * ENGINE_SECONDS) == 0, two.log()[-4000:]
 
     alone, together = _figures(one), _figures(two)
@@ -46,11 +51,32 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert versions[1].manifest.verdict is not None
 
 
+def test_two_processes_make_the_ppo_updates_of_one(tmp_path: Path) -> None:
+    model_dir = tiny_model(tmp_path / "model")
+    runs = {"one": [sys.executable], "two": LAUNCHER}
+    figures = {}
+    for name, launcher in runs.items():
+        work = tmp_path / name
+        work.mkdir()
+        environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+        command = [*launcher, "-m", "integration.ppo_process", str(model_dir), str(work)]
+        subprocess.run(command, env=environment, check=True, timeout=ENGINE_SECONDS)
+        figures[name] = [json.loads(file.read_text()) for file in sorted(work.glob("figures-*.json"))]
+    (expected,) = figures["one"]
+    first, second = figures["two"]
+    assert (expected[0], first[0], second[0]) == (1, 2, 2)
+    assert first[1] == second[1]
+    assert len(expected[1]) == 3
+    for alone, together in zip(expected[1], first[1], strict=True):
+        assert alone.keys() == together.keys()
+        for name, value in alone.items():
+            assert together[name] == pytest.approx(value, rel=0.02, abs=2e-3), name
+
+
 def test_a_round_that_fails_in_several_processes_ends_them_all(tmp_path: Path) -> None:
     installation = RoundInstallation(tmp_path)
     installation.give_feedback(seed=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    failed = installation.start("train", "--once", launcher=launcher, TRAINING__MINIMUM_JUDGED="1000")
+    failed = installation.start("train", "--once", launcher=LAUNCHER, TRAINING__MINIMUM_JUDGED="1000")
     assert failed.wait(timeout=ENGINE_SECONDS) == 1
     (round_,) = installation.rounds.list()
     assert round_.state == "failed"

@@ -1,4 +1,4 @@
-"""A PPO run of the tiny model in one of several processes: `accelerate launch` runs it in a test."""
+"""PPO on the tiny model in one process of several; each writes its figures to `figures-RANK.json`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from unit.training.tiny import TransformersSampler, tiny_tokenizer
 
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel
-from training.policy import load_policy, write_checkpoint
+from training.policy import load_policy
 from training.ppo import PPO
 from training.rollouts import Rollouts
 from training.settings import TrainingSettings
@@ -46,7 +46,6 @@ def main(model_dir: Path, work: Path) -> None:
     ppo.train()
     rank = ppo.accelerator.process_index
     (work / f"figures-{rank}.json").write_text(json.dumps([ppo.accelerator.num_processes, figures]))
-    write_checkpoint(ppo.trained_policy(), tiny_tokenizer(), work / f"trained-{rank}")
 
 
 if __name__ == "__main__":
