@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     get_linear_schedule_with_warmup,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -50,6 +49,7 @@ from training.losses import (
 )
 from training.policy import Policy, freeze, frozen_copy, load_policy, trunk_and_head, without_adapter
 from training.pretraining import PretrainingTexts, in_passes
+from training.progress import ReportedLogs
 from training.reward_model import Report
 from training.rollouts import Rollouts
 from training.samples import SAMPLES_AN_UPDATE
@@ -172,7 +172,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             value_model=critic,
             train_dataset=HfDataset.from_dict({"input_ids": [prompt.token_ids for prompt in prompts]}),
             optimizers=(optimizer, schedule),
-            callbacks=[_Progress(report)],
+            callbacks=[ReportedLogs(report)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -544,17 +544,6 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             }
             for i, row in enumerate(rows)
         ]
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Hands each update's logged figures on."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Report an update."""
-        self._report(state.global_step, state.max_steps, logs)
 
 
 def _configuration(settings: TrainingSettings, work: Path) -> Any:

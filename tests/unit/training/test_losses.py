@@ -6,7 +6,14 @@ import random
 import pytest
 import torch
 
-from training.losses import generalised_advantages, policy_loss, token_rewards, value_loss
+from training.losses import (
+    adapted_kl_coefficient,
+    generalised_advantages,
+    importance_weights,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
 from training.reward_model import PointwiseLoss, ranking_loss
 from training.reward_quality import calibration, pair_outcomes, within_correlation
 
@@ -146,3 +153,27 @@ def test_value_loss_takes_the_worse_of_free_and_clipped() -> None:
     loss, share = value_loss(new, old, returns, 0.2)
     assert loss.item() == pytest.approx(0.5 * (0.8**2 + 0.9**2) / 2)
     assert share.item() == 0.5
+
+
+def test_importance_weights_are_the_slow_versions_and_bounded() -> None:
+    trainer, engine = torch.tensor([-1.0, -0.5, -3.0]), torch.tensor([-1.2, -2.5, -1.0])
+    slow = [min(math.exp(t - e), 2.0) for t, e in zip(trainer.tolist(), engine.tolist(), strict=True)]
+    assert importance_weights(trainer, engine).tolist() == pytest.approx(slow)
+    assert importance_weights(trainer, engine)[1] == 2.0
+
+
+def test_importance_weights_multiply_each_tokens_loss() -> None:
+    new, old = torch.tensor([-1.0, -0.4, -2.0]), torch.tensor([-1.1, -1.4, -1.0])
+    advantages, weights = torch.tensor([1.0, 2.0, -1.5]), torch.tensor([0.5, 2.0, 1.2])
+    losses = []
+    for n, o, a, w in zip(*(x.tolist() for x in (new, old, advantages, weights)), strict=True):
+        ratio = math.exp(n - o)
+        losses.append(w * -min(ratio * a, min(max(ratio, 0.8), 1.2) * a))
+    loss, _ = policy_loss(new, old, advantages, 0.2, weights)
+    assert float(loss) == pytest.approx(sum(losses) / 3)
+    assert float(loss) != pytest.approx(float(policy_loss(new, old, advantages, 0.2)[0]))
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (5.4, 0.99), (0.0, 0.98)])
+def test_the_kl_coefficient_follows_the_target_in_bounded_steps(kl: float, factor: float) -> None:
+    assert adapted_kl_coefficient(0.2, kl, 6.0) == pytest.approx(0.2 * factor)
