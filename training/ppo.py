@@ -11,7 +11,6 @@ Shapes: B episodes of an update, K of them to each prompt, R the longest respons
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, p
 from evaluation.sampler import Sample
 from training import processes
 from training.critic import Critic
+from training.episodes import Episodes
 from training.logprobs import (
     before_each_token,
     response_logprobs,
@@ -67,51 +67,6 @@ RETREATS = 3
 """How often PPO goes back to its last checkpoint, with half the learning rate, before it gives up."""
 
 KeepSamples = Callable[[int, list[dict[str, Any]]], None]
-
-
-@dataclass(slots=True)
-class Episodes:
-    """The experience of one update, on response tokens; tensors are (B, R), false or zero behind a response.
-
-    Episodes of one prompt stand together, in the order of `prompts` (B / K). `old_logprobs` are those of the
-    policy that sampled, `ref_logprobs` the reference policy's; `scores` (B,) are the reward model's less the
-    penalty; `features` (B, R, D) are the reward model's hidden states before each token where the critic is
-    on its trunk. `weights` are importance weights where the engine had to be corrected. `logprob_gap` is the
-    mean distance between the engine's and the trainer's logprobs, in nats.
-    """
-
-    prompts: list[Prompt]
-    samples: list[Sample]
-    mask: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    scores: Tensor
-    values: Tensor
-    features: Tensor | None = None
-    weights: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-    logprob_gap: float = 0.0
-
-    @property
-    def a_prompt(self) -> int:
-        """K."""
-        return len(self.samples) // len(self.prompts)
-
-    def of(self, prompts: Sequence[int]) -> list[int]:
-        """Return the rows of the episodes of these prompts, in order."""
-        return [prompt * self.a_prompt + k for prompt in prompts for k in range(self.a_prompt)]
-
-    def items(self, prompts: Sequence[int]) -> list[tuple[list[int], list[list[int]]]]:
-        """Return these prompts with their responses, as token ids."""
-        return [
-            (self.prompts[i].token_ids, [self.samples[row].token_ids for row in self.of([i])])
-            for i in prompts
-        ]
-
-    def kl(self) -> Tensor:
-        """Log pi(y) - log pi_ref(y) of each episode, (B,), in nats."""
-        return ((self.old_logprobs - self.ref_logprobs) * self.mask).sum(1)
 
 
 class PPO(PPOTrainer):  # type: ignore[misc]
@@ -282,7 +237,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
 
     def _end_update(self, episodes: Episodes, figures: Mapping[str, float]) -> None:
         """Log the update, step schedule and KL coefficient, and write a checkpoint where one is due."""
-        figures = _figures(episodes, self._kl_coefficient) | dict(figures)
+        figures = episodes.figures(self._kl_coefficient) | dict(figures)
         self.state.global_step += 1
         self.state.episode += self._settings.ppo_batch
         self.state.epoch = self.state.episode / len(self._prompts)
@@ -567,23 +522,3 @@ def _configuration(settings: TrainingSettings, work: Path) -> Any:
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def _figures(episodes: Episodes, kl_coefficient: float) -> dict[str, float]:
-    """Return what happened in the rollout of one update, under TRL's names where it has one."""
-    assert episodes.returns is not None
-    mask, kl = episodes.mask, episodes.kl()
-    returns, values = episodes.returns[mask], episodes.values[mask]
-    ended = [sample.finish_reason == "stop" for sample in episodes.samples]
-    return {
-        "objective/scores": float(episodes.scores.mean()),
-        "objective/kl": float(kl.mean()),
-        "objective/kl_coefficient": kl_coefficient,
-        "objective/rlhf_reward": float((episodes.scores - kl_coefficient * kl).mean()),
-        "objective/entropy": float(-(episodes.old_logprobs * mask).sum(1).mean()),
-        "val/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-8)),
-        "rollout/logprob_gap": episodes.logprob_gap,
-        "rollout/corrected": float(episodes.weights is not None),
-        "response/length": float(mask.sum(1).float().mean()),
-        "response/ended": sum(ended) / len(ended),
-    }
