@@ -29,8 +29,8 @@ test: lint
 	@echo '==> end-to-end tests: a real `instructloop up`'
 	@$(RUN) pytest -v tests/e2e
 
-# Figures, not tests: about a quarter of an hour on two cores. All sets: make bench SETS="hh qa llmbar hhh curve"
-SETS ?= hh
+# Figures, not tests: about three quarters of an hour on two cores, a quarter with SETS=hh.
+SETS ?= hh qa llmbar hhh curve
 bench: .venv/.installed
 	@echo '==> reward models on $(SETS) (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.reward_models $(SETS)
@@ -39,12 +39,12 @@ bench-rm: .venv/.installed
 	@echo '==> an epoch of the reward model against TRL (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.reward_model_against_trl
 
-# About ten minutes on two cores.
+# About a quarter of an hour on two cores.
 bench-ppo: .venv/.installed
 	@echo '==> one PPO update beside stock TRL'
 	@$(RUN) tests.benchmarks.ppo_against_trl
 
-# About three quarters of an hour on two cores.
+# About an hour on two cores.
 bench-quality: .venv/.installed
 	@echo '==> what PPO gains by a gold preference, over three seeds'
 	@$(RUN) tests.benchmarks.ppo_quality

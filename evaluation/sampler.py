@@ -5,11 +5,14 @@ that imports vLLM. What is asked and how answers are judged is decided elsewhere
 """
 
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from evaluation.reward_model import DEVICE
@@ -54,10 +57,12 @@ class Sampler(Protocol):
 
 
 class VllmSampler:
-    """A vLLM engine in a process of its own, whose weights are replaced between batches.
+    """A vLLM engine whose weights are replaced between batches.
 
-    `max_model_len` bounds prompt plus response in tokens; `kv_cache_gib` is the memory for keys and values.
-    `vllm_arguments` are further arguments of vLLM's `LLM` and win over ours.
+    On a CPU it runs in this process: engine and trainer take turns, so both can have all cores, and a second
+    process would spend one of them on waiting. On a GPU, and beside other training processes, it has
+    processes of its own. `max_model_len` bounds prompt plus response in tokens; `kv_cache_gib` is the memory
+    for keys and values. `vllm_arguments` are further arguments of vLLM's `LLM` and win over ours.
     """
 
     def __init__(
@@ -68,18 +73,21 @@ class VllmSampler:
         kv_cache_gib: float,
         vllm_arguments: dict[str, Any] | None = None,
     ) -> None:
-        _set_environment()
+        self._in_process = DEVICE.type == "cpu" and not torch.distributed.is_initialized()
+        _set_environment(self._in_process)
         from vllm import LLM  # noqa: PLC0415 - takes seconds to import
 
-        self._llm = LLM(
-            str(model_dir),
-            max_model_len=max_model_len,
-            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-            logprobs_mode="processed_logprobs",
-            worker_extension_cls="registry.worker.WorkerExtension",
-            **DEFAULT_ARGUMENTS | (vllm_arguments or {}),
-        )
-        self._llm.collective_rpc("end_with", args=(os.getpid(),))
+        with _own_state():
+            self._llm = LLM(
+                str(model_dir),
+                max_model_len=max_model_len,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls="registry.worker.WorkerExtension",
+                **DEFAULT_ARGUMENTS | (vllm_arguments or {}),
+            )
+        if not self._in_process:
+            self._llm.collective_rpc("end_with", args=(os.getpid(),))
 
     def load(self, model_dir: Path) -> None:
         """Replace the weights in place; keys and values computed with the old ones are dropped."""
@@ -104,8 +112,13 @@ class VllmSampler:
         return SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
 
     def close(self) -> None:
-        """End the engine's process."""
+        """End the engine and give back its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        if self._in_process:
+            from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
+
+            cleanup_dist_env_and_memory()
 
 
 class TransformersSampler:
@@ -177,14 +190,30 @@ class TransformersSampler:
         return found if isinstance(found, list) else [] if found is None else [found]
 
 
-def _set_environment() -> None:
+def _set_environment(in_process: bool) -> None:
     """Set what vLLM reads from the environment when it is imported; what the user has set stands."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     # vLLM would pin every engine of a machine to the same cores, this one to those of the server's.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
+    if not in_process:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """Keep what an engine in this process would change for everybody: random states and torch's threads."""
+    set_num_threads = torch.set_num_threads
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _sample(output: Any) -> Sample:

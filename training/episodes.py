@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evaluation.checks import share_satisfied
 from evaluation.contest import Prompt
 from evaluation.sampler import Sample
 
@@ -62,7 +63,7 @@ class Episodes:
         mask, kl = self.mask, self.kl()
         returns, values = self.returns[mask], self.values[mask]
         ended = [sample.finish_reason == "stop" for sample in self.samples]
-        return {
+        figures = {
             "objective/scores": float(self.scores.mean()),
             "objective/kl": float(kl.mean()),
             "objective/kl_coefficient": kl_coefficient,
@@ -74,3 +75,11 @@ class Episodes:
             "response/length": float(mask.sum(1).float().mean()),
             "response/ended": sum(ended) / len(ended),
         }
+        # What programs check is a gold reward: PPO sees the reward model's opinion only.
+        gold = [
+            share_satisfied(prompt.checks, self.samples[row].text)
+            for i, prompt in enumerate(self.prompts)
+            if prompt.checks
+            for row in self.of([i])
+        ]
+        return figures | ({"objective/gold": sum(gold) / len(gold)} if gold else {})

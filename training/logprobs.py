@@ -3,7 +3,8 @@
 Shapes: N response tokens over all items, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from training.policy import Policy, trunk_and_head
 
 Item = tuple[TokenIds, Sequence[TokenIds]]
 """A prompt and its responses."""
+
+CHUNK = 2**22
+"""Logits that are held in float32 at a time."""
 
 
 def response_states(trunk: nn.Module, packed: PackedRows) -> Tensor:
@@ -46,12 +50,46 @@ def token_logprobs(
     Logits are divided by `temperature` first. Entropies carry no gradient.
     """
     with autocast():
-        logits = head(states).float() / temperature
-    log_normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - log_normaliser
-    with torch.no_grad():
-        entropies = log_normaliser - ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
+        logits = head(states)
+    logprobs, entropies = _TokenLogprobs.apply(logits, tokens, temperature)
     return logprobs, entropies
+
+
+class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
+    """Log-softmax at given tokens, a few rows at a time: float32 copies of all logits (N, V) never exist.
+
+    d log p(t) / d z_v = (1[v = t] - p(v)) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        normalisers, logprobs, entropies = [], [], []
+        for rows in _chunks(logits):
+            scaled = logits[rows].float().div_(temperature)
+            normaliser = scaled.logsumexp(-1)
+            logprobs.append(scaled.gather(1, tokens[rows, None]).squeeze(1) - normaliser)
+            entropies.append(normaliser - torch.linalg.vecdot((scaled - normaliser[:, None]).exp_(), scaled))
+            normalisers.append(normaliser)
+        ctx.save_for_backward(logits, tokens, torch.cat(normalisers))
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy := torch.cat(entropies))
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens, normalisers = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            scale = gradient[rows, None] / ctx.temperature
+            own = logits[rows].float().div_(ctx.temperature).sub_(normalisers[rows, None]).exp_().mul_(-scale)
+            result[rows] = own.scatter_add_(1, tokens[rows, None], scale)
+        return result, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows whose logits in float32 stay within a processor's cache, or a GPU's memory."""
+    size = max(1, CHUNK // logits.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 def response_logprobs(model: Policy, items: Sequence[Item], temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Held-out accuracy of reward models on public preferences, beside length and published figures.
 
-Sets: `hh` (HH-RLHF helpful-base) and `qa` (QA-Feedback, K = 4) are split by prompt as a round splits them;
-`llmbar` and `hhh` are only measured on, with a model fitted to hh and qa; `curve` is the accuracy on hh over
-the number of pairs fitted to. Everything is bounded by `--train` and `--test` rankings a set. Prints JSON.
+The model is fitted to HH-RLHF helpful-base (`hh`) and QA-Feedback (`qa`, K = 4), each split by prompt as a
+round splits it, and measured on their held-out prompts and on `llmbar` and `hhh`; `curve` also fits to an
+eighth, a quarter and a half of it. All is bounded by `--train` and `--test` rankings a set. Prints JSON.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PUBLISHED = {
 def main() -> None:
     """Run the benchmark once."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sets", nargs="*", default=["hh"], help=f"of {', '.join(SETS)}; default: hh")
+    parser.add_argument("sets", nargs="*", default=SETS, help=f"of {', '.join(SETS)}; default: all")
     parser.add_argument("--train", type=int, default=1200, help="rankings of a set to fit to, at most")
     parser.add_argument("--test", type=int, default=500, help="rankings of a set to measure on, at most")
     parser.add_argument("--heads", type=int, default=SETTINGS.reward_heads)
@@ -64,33 +64,17 @@ class Bench:
         self._tokenizer = AutoTokenizer.from_pretrained(str(self._directory))
 
     def run(self, sets: Sequence[str]) -> dict[str, Any]:
-        """Measure on each of the sets."""
-        found: dict[str, Any] = {"published": PUBLISHED}
+        """Fit to what hh and qa have for training, or to parts of it, and measure on each of the sets."""
         hh, qa = self._split(ranked_data.hh_rlhf()), self._split(ranked_data.qa_feedback())
-        tests = {"llmbar": ranked_data.llmbar, "hhh": ranked_data.hhh_alignment}
-        if "hh" in sets:
-            found["fitted to hh"] = self._fitted(hh.train.comparisons, {"hh": hh.held_out.comparisons})
-        if "qa" in sets:
-            found["fitted to qa"] = self._fitted(qa.train.comparisons, {"qa": qa.held_out.comparisons})
-        if set(tests) & set(sets):
-            both = [*hh.train.comparisons, *qa.train.comparisons]
-            unseen = {
-                name: self._cut(ranked_data.all_comparisons(read(), self._tokenizer, self._settings))
-                for name, read in tests.items()
-                if name in sets
-            }
-            found["fitted to hh and qa"] = self._fitted(both, unseen)
-        if "curve" in sets:
-            found["curve"] = self._curve(hh)
-        return found
-
-    def _curve(self, hh: Dataset) -> list[dict[str, Any]]:
-        """Accuracy on the same held-out pairs after an eighth, a quarter, a half and all of the pairs."""
-        train = hh.train.comparisons
-        return [
-            self._fitted(train[: len(train) // part], {"hh": hh.held_out.comparisons})
-            for part in (8, 4, 2, 1)
-        ]
+        tests = {"hh": hh.held_out.comparisons, "qa": qa.held_out.comparisons}
+        for name, read in (("llmbar", ranked_data.llmbar), ("hhh", ranked_data.hhh_alignment)):
+            tests[name] = self._cut(ranked_data.all_comparisons(read(), self._tokenizer, self._settings))
+        tests = {name: test for name, test in tests.items() if name in sets}
+        fitted = []
+        for part in (8, 4, 2, 1) if "curve" in sets else (1,):
+            train = [c for of in (hh.train, qa.train) for c in of.comparisons[: len(of.comparisons) // part]]
+            fitted.append(self._fitted(train, tests))
+        return {"published": PUBLISHED, "fitted": fitted}
 
     def _split(self, records: list[ranked_data.Record]) -> Dataset:
         data = ranked_data.dataset(records, self._tokenizer, self._settings)

@@ -13,7 +13,9 @@ from unit.training.tiny import END, WORDS, TransformersSampler, tiny_model, tiny
 
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, autocast, score_responses
+from evaluation.sampler import Sample
 from training.critic import Critic
+from training.episodes import Episodes
 from training.logprobs import total_logprobs
 from training.policy import load_policy, merged_weights, with_adapter
 from training.ppo import PPO
@@ -470,3 +472,17 @@ def test_trl_still_has_the_shape_that_we_build_on() -> None:
         "missing_eos_penalty",
     } <= set(PPOConfig.__dataclass_fields__)
     assert inspect.getsource(PPOTrainer.train).count("\n") > 300  # the one function that our step replaces
+
+
+def test_gold_is_what_programs_check_of_the_responses_that_have_checks() -> None:
+    words = ({"kind": "max_words", "n": 2},)
+    prompts = [Prompt("a", [3, 4], words), Prompt("b", [3, 5])]
+    texts = ["one two", "one two three", "long long long", "also much too long"]
+    samples = [Sample([7, 8], [-1.0, -1.0], text, "stop") for text in texts]
+    zeros = torch.zeros(4, 2)
+    episodes = Episodes(
+        prompts, samples, torch.ones(4, 2, dtype=torch.bool), zeros, zeros, zeros[:, 0], zeros, returns=zeros
+    )
+    assert episodes.figures(0.1)["objective/gold"] == 0.5
+    episodes.prompts = [Prompt("a", [3, 4]), Prompt("b", [3, 5])]
+    assert "objective/gold" not in episodes.figures(0.1)
