@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test lint bench bench-rm bench-ppo bench-quality format defaults lock clean
+.PHONY: up test lint bench bench-rm bench-ppo bench-quality fuzz-store format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -48,6 +48,11 @@ bench-ppo: .venv/.installed
 bench-quality: .venv/.installed
 	@echo '==> what PPO gains by a gold preference, over three seeds'
 	@$(RUN) tests.benchmarks.ppo_quality
+
+# More and longer cases than the test has, each run other ones: about an hour and a half on two cores.
+fuzz-store: .venv/.installed
+	@echo '==> the queue and the store against a slow model'
+	@$(RUN) pytest -q tests/integration/test_feedback_machine.py --hypothesis-profile=fuzz
 
 format: .venv/.installed
 	@$(RUN) ruff check --fix $(PACKAGES) tests docker

@@ -3,9 +3,9 @@
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
-from feedback.records import canonical_json
+from feedback.records import Name, canonical_json
 
 Label = Literal[
     "fails_instruction",
@@ -21,14 +21,13 @@ Label = Literal[
 ]
 """The metadata that InstructGPT's labelers gave (Ouyang et al. 2022, table 3)."""
 
-CompletionId = Annotated[str, Field(min_length=1, max_length=200)]
 ChoiceIndex = Annotated[int, Field(ge=0, lt=1024)]
 
 
 class _Common(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rater: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    rater: Name | None = None
     comment: Annotated[str, Field(max_length=4000)] | None = None
     labels: list[Label] = []
     context: dict[str, Any] | None = None
@@ -39,7 +38,7 @@ class ChoiceRef(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    completion_id: CompletionId
+    completion_id: Name
     choice: ChoiceIndex = 0
 
 
@@ -47,7 +46,7 @@ class Thumb(_Common):
     """Up or down on one choice."""
 
     type: Literal["thumb"]
-    completion_id: CompletionId
+    completion_id: Name
     choice: ChoiceIndex = 0
     value: Literal["up", "down"]
 
@@ -56,7 +55,7 @@ class Rating(_Common):
     """Overall quality of one choice on InstructGPT's 1 to 7 scale."""
 
     type: Literal["rating"]
-    completion_id: CompletionId
+    completion_id: Name
     choice: ChoiceIndex = 0
     score: Annotated[int, Field(ge=1, le=7)]
 
@@ -90,7 +89,7 @@ class Demonstration(_Common):
     """A response that a person wrote: to a completion's prompt, or to `messages`."""
 
     type: Literal["demonstration"]
-    completion_id: CompletionId | None = None
+    completion_id: Name | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     text: Annotated[str, Field(min_length=1, max_length=100_000)]
 
@@ -151,11 +150,11 @@ class Event(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    event_id: str
+    event_id: Name
     key_id: str
-    rater: str
+    rater: Annotated[str, Field(max_length=500)]
     source: str = "serving"
-    received_at: float
+    received_at: FiniteFloat
     feedback: Feedback
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.engine import Connection
 
 from feedback import tables
+from feedback.entries import Letter
 from feedback.events import Event, references
 from feedback.records import Completion
-from feedback.resolution import Part, resolve
+from feedback.resolution import Part, Status, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
 
 # Bound parameters of one statement; SQLite takes 32,766, Postgres 65,535.
@@ -23,18 +25,8 @@ _CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """An entry that can't be stored, and why."""
-
-    entry_id: str
-    kind: str
-    data: bytes
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class IngestCounts:
-    """What one batch did. `resolved` of the events stored or rejected had been waiting before."""
+    """What one batch did. `resolved` of the events stored or rejected were there before, mostly waiting."""
 
     completions: int = 0
     stored: int = 0
@@ -52,10 +44,10 @@ class IngestCounts:
 
 @dataclass(slots=True)
 class _Candidate:
-    """An event to decide on: new, or waiting in the table (`known`); `expired` has waited long enough."""
+    """An event to decide on. `before` is its status in the table; `expired` has waited long enough."""
 
     event: Event
-    known: bool
+    before: Status | None = None
     expired: bool = False
 
 
@@ -83,9 +75,8 @@ class Intake:
         self._lock()
         fresh = self._add_completions(completions)
         new = self._unknown(events)
-        waiting = self._due({completion.id for completion in fresh})
-        candidates = waiting + [_Candidate(event, known=False) for event in new]
-        counts = self._settle(candidates)
+        due = self._due({completion.id for completion in fresh})
+        counts = self._settle(due + [_Candidate(event) for event in new])
         self._unlock()
         return counts + IngestCounts(
             completions=len(fresh),
@@ -128,18 +119,26 @@ class Intake:
         return new
 
     def _due(self, completion_ids: set[str]) -> list[_Candidate]:
-        """Find waiting events of which a completion has just come, or whose time is up; oldest first."""
+        """Find waiting events of which a completion has just come, or whose time is up; oldest first.
+
+        A completion that comes after their time is up (it lay in a spool, or among the dead letters) lets the
+        events on it count after all, so rejected ones are decided on anew.
+        """
         events, targets = tables.events, tables.event_targets
         joined = sa.select(events).join(targets, targets.c.event_id == events.c.event_id)
-        waiting = events.c.status == "waiting"
-        rows = list(self._select(joined.where(waiting), targets.c.completion_id, completion_ids))
+        undecided = events.c.status.in_(("waiting", "rejected"))
+        rows = list(self._select(joined.where(undecided), targets.c.completion_id, completion_ids))
         rows += self._connection.execute(
-            sa.select(events).where(waiting, events.c.ingested_at < self._expired_before)
+            sa.select(events).where(events.c.status == "waiting", events.c.ingested_at < self._expired_before)
         )
         unique = {row.event_id: row for row in rows}
         ordered = sorted(unique.values(), key=lambda row: (row.ingested_at, row.received_at, row.event_id))
         return [
-            _Candidate(event_of(row), known=True, expired=row.ingested_at < self._expired_before)
+            _Candidate(
+                event_of(row),
+                before=row.status,
+                expired=row.status == "rejected" or row.ingested_at < self._expired_before,
+            )
             for row in ordered
         ]
 
@@ -150,19 +149,19 @@ class Intake:
         superseded = self._supersede([row for row in rows if row["status"] == "stored"])
         # Earlier holders first: the index of current events allows one at a time.
         self._update(superseded)
-        new = [row for row, c in zip(rows, candidates, strict=True) if not c.known]
+        new = [row for row, c in zip(rows, candidates, strict=True) if c.before is None]
         settled = [
             {name: row[name] for name in ("event_id", "status", "reason", *_SUPERSEDING)}
             for row, c in zip(rows, candidates, strict=True)
-            if c.known and row["status"] != "waiting"
+            if c.before not in (None, row["status"])
         ]
         self._insert(tables.events, new)
-        self._insert(tables.event_targets, _target_rows([c.event for c in candidates if not c.known]))
+        self._insert(tables.event_targets, _target_rows([c.event for c in candidates if c.before is None]))
         self._update(settled)
-        status = [row["status"] for row in rows]
+        status = [row["status"] for row in (*new, *settled)]
         return IngestCounts(
             stored=status.count("stored") + status.count("superseded"),
-            waiting=sum(row["status"] == "waiting" for row in new),
+            waiting=status.count("waiting"),
             rejected=status.count("rejected"),
             superseded=len(superseded) + status.count("superseded"),
             resolved=len(settled),
@@ -222,11 +221,16 @@ class Intake:
         return known
 
     def _bury(self, letters: Sequence[Letter]) -> int:
-        table = tables.dead_letters
+        """Keep letters that are new; one whose event is stored was replayed, and comes a second time."""
+        table, event_ids = tables.dead_letters, tables.events.c.event_id
         rows = {_digest(letter): dataclasses.asdict(letter) for letter in letters}
         seen = {row.digest for row in self._select(sa.select(table.c.digest), table.c.digest, set(rows))}
+        named = {letter.event_id for letter in letters if letter.event_id is not None}
+        stored = {row.event_id for row in self._select(sa.select(event_ids), event_ids, named)}
         fresh = [
-            row | {"digest": digest, "at": self._now} for digest, row in rows.items() if digest not in seen
+            row | {"digest": digest, "at": self._now}
+            for digest, row in rows.items()
+            if digest not in seen and row["event_id"] not in stored
         ]
         self._insert(table, fresh)
         return len(fresh)
@@ -272,3 +276,25 @@ def _target_rows(events: Sequence[Event]) -> list[dict[str, str]]:
 def _digest(letter: Letter) -> str:
     framed = f"{letter.entry_id}\0{letter.kind}\0".encode("utf-8", "surrogatepass") + letter.data
     return hashlib.sha256(framed).hexdigest()
+
+
+def blames_the_data(problem: Exception) -> bool:
+    """Tell whether a transaction failed for what was to be stored, and not for a database that is away.
+
+    Away is one that doesn't answer, is locked, full or not migrated. All else that storing can raise is of
+    the record's making: a value that the database can't hold, an index entry beyond what Postgres takes
+    (SQLSTATE 54…), or a defect of ours that only this record meets.
+    """
+    if isinstance(problem, exc.DBAPIError):
+        too_long = str(getattr(problem.orig, "sqlstate", None) or "").startswith("54")
+        return too_long or isinstance(problem, exc.DataError | exc.IntegrityError)
+    if isinstance(problem, exc.StatementError):
+        return not isinstance(problem.orig, OSError | MemoryError)
+    return not isinstance(problem, exc.SQLAlchemyError | OSError | MemoryError)
+
+
+def refusal(problem: Exception) -> str:
+    """Say why a record that can be read can't be stored."""
+    if isinstance(problem, exc.StatementError):
+        return f"the database refused it: {problem.orig}"
+    return f"it can't be stored: {type(problem).__name__}: {problem}"

@@ -7,6 +7,7 @@ lies in the stream's hash slot (`{stream}:…`), so that the script also runs on
 
 import asyncio
 import hashlib
+import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,14 +16,19 @@ from typing import Any
 
 import redis
 import redis.asyncio
+from pydantic_core import PydanticSerializationError
 from redis.exceptions import RedisError
 
 from feedback.events import Event, body_digest
-from feedback.records import Completion
+from feedback.records import SCHEMA, Completion
 from feedback.settings import QueueSettings
 
+LARGEST_ENTRY_BYTES = 64 * 2**20
+"""An event beyond this is refused; what comes into the stream all the same is a dead letter."""
+
 # KEYS: stream, receipt, and where the giver sent one the idempotency key.
-# ARGV: event id, key id, event as JSON, digest of what was said, lifetime of the idempotency key in seconds.
+# ARGV: event id, key id, event as JSON, digest of what was said, lifetime of the idempotency key in seconds,
+# schema version.
 # The entry comes before any key: if Redis refuses it for lack of memory, nothing claims that it is there.
 _SUBMIT = """
 if KEYS[3] then
@@ -35,13 +41,27 @@ end
 if redis.call('EXISTS', KEYS[2]) == 1 then
   return {ARGV[1], 'duplicate'}
 end
-redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', ARGV[3], 'event', ARGV[1])
+redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', ARGV[3], 'event', ARGV[1], 'key', ARGV[2],
+  'schema', ARGV[6])
 redis.call('SET', KEYS[2], ARGV[2])
 if KEYS[3] then
   redis.call('SET', KEYS[3], ARGV[4] .. ':' .. ARGV[1], 'EX', ARGV[5])
 end
 return {ARGV[1], 'queued'}
 """
+# Forgets consumers that hold no entry and whose process is long gone: each process has a name of its own. A
+# live one that were meant by mistake would be made anew when it next reads.
+# KEYS: stream. ARGV: group, silence in milliseconds.
+_FORGET_CONSUMERS = """
+for _, found in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local consumer = {}
+  for i = 1, #found, 2 do consumer[found[i]] = found[i + 1] end
+  if consumer['pending'] == 0 and consumer['idle'] > tonumber(ARGV[2]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], consumer['name'])
+  end
+end
+"""
+_FORGET_CONSUMERS_AFTER_SECONDS = 24 * 3600
 _PIPELINE = 500
 _DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 
@@ -53,13 +73,25 @@ class QueueUnavailable(Exception):  # noqa: N818
 class IdempotencyConflict(Exception):  # noqa: N818
     """The idempotency key was used for another event."""
 
+    def __init__(self, event_id: str) -> None:
+        super().__init__(f"the idempotency key was used for another event, {event_id}")
+
+
+class EntryTooLarge(ValueError):  # noqa: N818
+    """The event is larger than any entry may be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """An event that is durably queued. `duplicate`: it was already, under this id."""
+    """An event that is durably queued. `duplicate`: it was already, under this id.
+
+    `conflict`: the idempotency key was used for the event `event_id`, which said something else; nothing was
+    queued. Only `submit_batch` answers with it.
+    """
 
     event_id: str
     duplicate: bool
+    conflict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +99,15 @@ class Entry:
     """One record as it comes out of the stream.
 
     `id` is Redis' (`<milliseconds>-<n>`), `kind` is `completion` or `event` (anything else is a dead letter),
-    `data` its JSON, `event_id` the receipt that is due once it is stored.
+    `data` its JSON in version `schema`, `event_id` the receipt that is due once it is stored, `key_id` whose.
     """
 
     id: str
     kind: str
     data: bytes
     event_id: str | None = None
+    key_id: str | None = None
+    schema: str = SCHEMA
 
 
 class FeedbackQueue:
@@ -90,25 +124,34 @@ class FeedbackQueue:
 
         A second submit of the same event id, or with the same idempotency key of the same giver (`key_id`),
         adds nothing and names the first event. Raises QueueUnavailable (the event may or may not be queued:
-        submit it again) and IdempotencyConflict.
+        submit it again), IdempotencyConflict and EntryTooLarge.
         """
         await self._require_durability()
         keys, arguments = self._call(event, idempotency_key)
         async with self._redis():
             answer = await self._script(keys=keys, args=arguments)
-        return _receipt(answer)
+        receipt = _receipt(answer)
+        if receipt.conflict:
+            raise IdempotencyConflict(receipt.event_id)
+        return receipt
 
-    async def submit_batch(self, events: Sequence[Event]) -> list[Receipt]:
+    async def submit_batch(
+        self, events: Sequence[Event], idempotency_keys: Sequence[str | None] | None = None
+    ) -> list[Receipt]:
         """Queue many events with few round trips; one receipt each, in order.
 
-        Raises QueueUnavailable, after which any of them may be queued: submit them again under the same ids.
+        `idempotency_keys` has one for each event, or None where its giver sent none; a key that was used for
+        another event, also earlier in this batch, is a receipt of a conflict.
+        Raises QueueUnavailable, after which any of them may be queued: submit them again under the same ids
+        or keys. Raises EntryTooLarge, after which none is.
         """
         await self._require_durability()
+        named = [None] * len(events) if idempotency_keys is None else idempotency_keys
+        calls = [self._call(event, key) for event, key in zip(events, named, strict=True)]
         answers: list[Any] = []
-        for start in range(0, len(events), _PIPELINE):
+        for start in range(0, len(calls), _PIPELINE):
             async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
-                for event in events[start : start + _PIPELINE]:
-                    keys, arguments = self._call(event, None)
+                for keys, arguments in calls[start : start + _PIPELINE]:
                     await self._script(keys=keys, args=arguments, client=pipeline)
                 answers += await pipeline.execute()
         return [_receipt(answer) for answer in answers]
@@ -118,8 +161,8 @@ class FeedbackQueue:
         for start in range(0, len(completions), _PIPELINE):
             async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
                 for completion in completions[start : start + _PIPELINE]:
-                    data = completion.model_dump_json(exclude_defaults=True).encode()
-                    pipeline.xadd(self._settings.stream, {"kind": "completion", "data": data})
+                    fields = {"kind": "completion", "data": _json(completion), "schema": SCHEMA}
+                    pipeline.xadd(self._settings.stream, fields)
                 await pipeline.execute()
 
     async def queued(self, event_id: str) -> str | None:
@@ -154,7 +197,9 @@ class FeedbackQueue:
             keys.append(_idempotency_key(self._settings, event.key_id, idempotency_key))
         lifetime_seconds = max(1, round(self._settings.idempotency_hours * 3600))
         data = event.model_dump_json()
-        return keys, [event.event_id, event.key_id, data, body_digest(event), lifetime_seconds]
+        if len(data) > LARGEST_ENTRY_BYTES // 4 and len(data.encode()) > LARGEST_ENTRY_BYTES:
+            raise EntryTooLarge(f"an event may have at most {LARGEST_ENTRY_BYTES} bytes")
+        return keys, [event.event_id, event.key_id, data, body_digest(event), lifetime_seconds, SCHEMA]
 
     async def _require_durability(self) -> None:
         if time.monotonic() < self._durable_until:
@@ -250,6 +295,8 @@ class StreamReader:
         if not entries:
             # Nobody is silent now: look again when someone may have become so.
             self._next_claim = time.monotonic() + self._settings.claim_after_seconds / 2
+            stream, group = self._settings.stream, self._settings.group
+            self._client.eval(_FORGET_CONSUMERS, 1, stream, group, 1000 * _FORGET_CONSUMERS_AFTER_SECONDS)
         return entries
 
     def _group_read(self, start: str, block_ms: int | None) -> list[Entry]:
@@ -281,20 +328,29 @@ class StreamReader:
 
 
 def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    event_id = fields.get(b"event")
+    event_id, key_id = fields.get(b"event"), fields.get(b"key")
     return Entry(
         id=_text(id),
         kind=_text(fields.get(b"kind", b"")),
         data=fields[b"data"] if b"data" in fields else repr(dict(fields)).encode(),
         event_id=None if event_id is None else _text(event_id),
+        key_id=None if key_id is None else _text(key_id),
+        schema=_text(fields.get(b"schema", SCHEMA)),
     )
 
 
 def _receipt(answer: Sequence[str | bytes]) -> Receipt:
     event_id, outcome = map(_text, answer)
-    if outcome == "conflict":
-        raise IdempotencyConflict(f"the idempotency key was used for another event, {event_id}")
-    return Receipt(event_id=event_id, duplicate=outcome == "duplicate")
+    return Receipt(event_id, duplicate=outcome == "duplicate", conflict=outcome == "conflict")
+
+
+def _json(completion: Completion) -> bytes:
+    """Write a record; what no text may hold (half of a surrogate pair) becomes `?`."""
+    try:
+        return completion.model_dump_json(exclude_defaults=True).encode()
+    except PydanticSerializationError:
+        text = json.dumps(completion.model_dump(exclude_defaults=True), ensure_ascii=False)
+        return text.encode("utf-8", "replace")
 
 
 def _receipt_key(settings: QueueSettings, event_id: str) -> str:

@@ -7,10 +7,16 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+SCHEMA = "1"
+"""The version of the records' JSON in the queue. Raise it when an older ingest would misread what is new."""
 
 _INDEX_LIMIT = 2**31
 Index = Annotated[int, Field(ge=0, lt=_INDEX_LIMIT)]
+TokenId = Annotated[int, Field(ge=-_INDEX_LIMIT, lt=_INDEX_LIMIT)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+"""What is looked up by: an index of Postgres takes no more than 2,704 bytes in one entry."""
 
 
 class WeightSpan(BaseModel):
@@ -35,7 +41,7 @@ class Choice(BaseModel):
 
     index: Index
     text: str
-    token_ids: list[int] = []
+    token_ids: list[TokenId] = []
     logprobs: list[float] = []
     finish_reason: str | None = None
     weight_spans: list[WeightSpan] = []
@@ -54,18 +60,18 @@ class Completion(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    id: str
+    id: Name
     part: Index = 0
     parts: Annotated[int, Field(ge=1, lt=_INDEX_LIMIT)] | None = None
     key_id: str
     user: str | None = None
     source: str = "serving"
     endpoint: str
-    created_at: float
-    latency_seconds: float = 0.0
+    created_at: FiniteFloat
+    latency_seconds: FiniteFloat = 0.0
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[TokenId] = []
     sampling: dict[str, Any] = {}
     choices: list[Choice]
 

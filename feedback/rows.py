@@ -1,6 +1,5 @@
 """How records lie in table rows, both ways. No statements: `intake` writes the rows, `store` reads them."""
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,8 +7,6 @@ from sqlalchemy import Row
 
 from feedback.events import FEEDBACK, Event, target
 from feedback.records import Choice, Completion, WeightSpan, prompt_hash
-
-_NUL = b"\\u0000"
 
 
 def completion_row(completion: Completion) -> dict[str, Any]:
@@ -66,22 +63,3 @@ def _choice_of(row: Row[Any]) -> Choice:
         finish_reason=row.finish_reason,
         weight_spans=[WeightSpan.model_validate(span) for span in row.weight_spans],
     )
-
-
-def without_nul(data: bytes) -> bytes:
-    """Replace U+0000 in the strings of a JSON text by U+FFFD: Postgres can't hold it.
-
-    The token ids still say what was sampled. Raises ValueError where the JSON is broken.
-    """
-    return json.dumps(_replace_nul(json.loads(data))).encode() if _NUL in data else data
-
-
-def _replace_nul(value: Any) -> Any:
-    match value:
-        case str():
-            return value.replace("\0", "\ufffd")
-        case list():
-            return [_replace_nul(item) for item in value]
-        case dict():
-            return {_replace_nul(key): _replace_nul(item) for key, item in value.items()}
-    return value

@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic import ValidationError
-from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from feedback import tables
+from feedback.entries import Parsed, letter, parse
 from feedback.events import Event, references
-from feedback.intake import IngestCounts, Intake, Letter
+from feedback.intake import IngestCounts, Intake, blames_the_data, refusal
 from feedback.queue import Entry
 from feedback.records import Completion
 from feedback.resolution import Status
-from feedback.rows import completion_of, event_of, without_nul
+from feedback.rows import completion_of, event_of
 
 _CHUNK = 500
 
@@ -76,17 +75,6 @@ class Query:
     scores: list[ResponseScore]
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A queue entry that could not be stored. `at` is in Unix seconds."""
-
-    entry_id: str
-    kind: str
-    data: bytes
-    reason: str
-    at: float
-
-
 class Store:
     """The feedback tables of one database; safe to share between threads.
 
@@ -108,14 +96,14 @@ class Store:
         What can't be parsed, or what the database can't hold, becomes a dead letter and blocks nothing else.
         Raises sqlalchemy.exc.SQLAlchemyError when the database is away; nothing is stored then.
         """
-        completions, events, letters = _parse(entries)
+        parsed = parse(entries)
         try:
-            return self._commit(completions, events, letters)
-        except exc.StatementError as problem:
-            if not _blames_the_data(problem):
+            return self._commit(parsed)
+        except Exception as problem:
+            if not blames_the_data(problem):
                 raise
         # Find the one to blame by storing each by itself; the others get in.
-        counts = self._commit([], [], letters)
+        counts = IngestCounts()
         for entry in entries:
             counts += self._ingest_alone(entry)
         return counts
@@ -223,72 +211,28 @@ class Store:
                 if (completion.id, completion.part) in scores
             ]
 
-    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """List the latest dead letters, newest first."""
-        table = tables.dead_letters
-        query = sa.select(table).order_by(table.c.at.desc(), table.c.entry_id.desc()).limit(limit)
-        with self._reader.connect() as connection:
-            return [
-                DeadLetter(row.entry_id, row.kind, row.data, row.reason, row.at)
-                for row in connection.execute(query)
-            ]
-
     def counts(self) -> dict[str, int]:
-        """Count the records of completions, the events of each status, and the dead letters."""
+        """Count the records of completions, the events of each status, and the dead letters not given up."""
         by_status = sa.select(tables.events.c.status, sa.func.count()).group_by(tables.events.c.status)
+        dead = tables.dead_letters.c.dropped_at.is_(None)
         with self._reader.connect() as connection:
             counts = {"completions": _size(connection, tables.completions)}
             counts |= dict.fromkeys(("waiting", "stored", "superseded", "rejected"), 0)
             counts |= {status: count for status, count in connection.execute(by_status)}
-            return counts | {"dead_letters": _size(connection, tables.dead_letters)}
+            return counts | {"dead_letters": _size(connection, tables.dead_letters, dead)}
 
-    def _commit(
-        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
-    ) -> IngestCounts:
+    def _commit(self, parsed: Parsed) -> IngestCounts:
         with self._engine.begin() as connection:
             intake = Intake(connection, now=self._clock(), waiting_hours=self._waiting_hours)
-            return intake.take(completions, events, letters)
+            return intake.take(parsed.completions, parsed.events, parsed.letters)
 
     def _ingest_alone(self, entry: Entry) -> IngestCounts:
-        completions, events, _ = _parse([entry])
         try:
-            return self._commit(completions, events, [])
-        except exc.StatementError as problem:
-            if not _blames_the_data(problem):
+            return self._commit(parse([entry]))
+        except Exception as problem:
+            if not blames_the_data(problem):
                 raise
-            letter = Letter(entry.id, entry.kind, entry.data, f"the database refused it: {problem.orig}")
-            return self._commit([], [], [letter])
-
-
-def _parse(entries: Iterable[Entry]) -> tuple[list[Completion], list[Event], list[Letter]]:
-    completions, events, letters = [], [], []
-    for entry in entries:
-        try:
-            match entry.kind:
-                case "completion":
-                    completions.append(Completion.model_validate_json(without_nul(entry.data)))
-                case "event":
-                    events.append(Event.model_validate_json(without_nul(entry.data)))
-                case _:
-                    reason = f"kind {entry.kind!r} is neither completion nor event"
-                    letters.append(Letter(entry.id, entry.kind, entry.data, reason))
-        except (ValidationError, ValueError, RecursionError) as problem:
-            letters.append(Letter(entry.id, entry.kind, entry.data, _first_line(problem)))
-    return completions, events, letters
-
-
-def _first_line(problem: Exception) -> str:
-    if isinstance(problem, ValidationError):
-        first = problem.errors(include_url=False, include_input=False)[0]
-        return ".".join(str(step) for step in first["loc"]) + ": " + first["msg"]
-    return str(problem)
-
-
-def _blames_the_data(problem: exc.StatementError) -> bool:
-    """Tell a value that the database can't hold from a database that is away, locked or full."""
-    if isinstance(problem, exc.DBAPIError):
-        return isinstance(problem, exc.DataError | exc.IntegrityError)
-    return isinstance(problem.orig, ValueError | TypeError | OverflowError)
+            return self._commit(Parsed(letters=[letter(entry, refusal(problem))]))
 
 
 def _stored(row: sa.Row[Any]) -> StoredEvent:
@@ -333,5 +277,5 @@ def _query(
     return Query(completion, rows[0].round_id, spread, own)
 
 
-def _size(connection: Connection, table: sa.Table) -> int:
-    return connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+def _size(connection: Connection, table: sa.Table, *which: sa.ColumnElement[bool]) -> int:
+    return connection.execute(sa.select(sa.func.count()).select_from(table).where(*which)).scalar_one()

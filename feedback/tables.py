@@ -152,6 +152,12 @@ dead_letters = sa.Table(
     sa.Column("data", sa.LargeBinary, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False, index=True),
+    sa.Column("schema", sa.Text, nullable=False, server_default="1"),
+    sa.Column("event_id", sa.Text, index=True),
+    sa.Column("key_id", sa.Text),
+    sa.Column("rater", sa.Text),
+    sa.Column("fixed_at", sa.Double),
+    sa.Column("dropped_at", sa.Double),
 )
 
 keys = sa.Table(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import rounds
+from instructloop import dead_letters, lineage, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -25,6 +25,8 @@ USAGE_ERROR = 2
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
+    ("feedback.dead_letters", "StillBroken"),
+    ("feedback.dead_letters", "UnknownLetter"),
     ("feedback.queue", "QueueUnavailable"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),
@@ -123,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_versions(add)
     rounds.add_to(
         add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
+    )
+    lineage.add_to(add("lineage", lineage.show, "show the feedback behind a version, or what came of it"))
+    dead_letters.add_to(
+        add("dead-letters", dead_letters.listing, "list, fix, replay and drop what could not be stored")
     )
     _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
     _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))

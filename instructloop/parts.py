@@ -45,6 +45,7 @@ async def serve(config: Config) -> int:
             versions=config.versions_dir,
             secret=installation.ensure_secret(config.data_dir),
             replica_id=replica_id(config),
+            waiting_hours=config.store.waiting_hours,
             round_report=lambda number: round_report(config, engine, number).html(),
         )
     finally:

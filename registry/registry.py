@@ -171,6 +171,10 @@ class Registry:
                     (version.path / name).unlink(missing_ok=True)
         return pruned
 
+    def states(self) -> Mapping[str, State]:
+        """Return the state of every version that was published, oldest first, without reading manifests."""
+        return self._fleet().states
+
     def version(self, name: str) -> Version:
         """One version; raises UnknownVersion."""
         state = self._fleet().states.get(name)

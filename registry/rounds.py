@@ -10,14 +10,15 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from registry.tables import ROUND_METRICS, ROUND_STAGES, ROUNDS
+from registry.tables import ROUND_EVENTS, ROUND_METRICS, ROUND_STAGES, ROUNDS
 
 RoundState = Literal["requested", "running", "done", "failed"]
+Use = Literal["trained", "older", "held_out", "left_out", "unrecorded"]
 
 
 class UnknownRound(KeyError):  # noqa: N818
@@ -89,6 +90,20 @@ class Metric:
     name: str
     value: float | None
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EventUse:
+    """What a round does with an event.
+
+    `trained`: models are fitted to it. `older`: the reward model is, and it comes from before the round's
+    slice. `held_out`: only the gate's judge and metrics see it. `left_out`: it is not used, for `reason` (of
+    another use it may say how far). `unrecorded`: it was in the slice of a round that wrote nothing down.
+    """
+
+    event_id: str
+    use: Use
+    reason: str | None = None
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -235,6 +250,16 @@ class Rounds:
             )
             connection.execute(sa.insert(ROUND_METRICS), rows)
 
+    def record_uses(self, round_id: int, uses: Sequence[EventUse]) -> None:
+        """Keep what the round does with each event of its slice; a stage that is run again replaces it."""
+        self._replace_uses(round_id, ROUND_EVENTS.c.use != "older", uses)
+
+    def record_older(self, round_id: int, event_ids: Sequence[str]) -> None:
+        """Keep which events from before its slice the round's reward model is fitted to."""
+        self._replace_uses(
+            round_id, ROUND_EVENTS.c.use == "older", [EventUse(id, "older") for id in event_ids]
+        )
+
     def finish(
         self,
         round_id: int,
@@ -243,7 +268,10 @@ class Rounds:
         error: str | None = None,
         verdict: Mapping[str, Any] | None = None,
     ) -> None:
-        """End a round; raises RoundConflict if it has ended already, UnknownRound."""
+        """End a round; raises RoundConflict if it has ended already, UnknownRound.
+
+        One that failed before it published has taught nothing: which events it used is forgotten.
+        """
         row = {
             "state": state,
             "version": version,
@@ -256,6 +284,8 @@ class Rounds:
             if before.state in ("done", "failed"):
                 raise RoundConflict(f"round {round_id} is {before.state} already")
             connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(**row))
+            if state == "failed" and not self._has_published(connection, round_id):
+                connection.execute(sa.delete(ROUND_EVENTS).where(ROUND_EVENTS.c.round_id == round_id))
 
     def get(self, round_id: int) -> Round:
         """One round; raises UnknownRound."""
@@ -279,19 +309,19 @@ class Rounds:
         with self._reader.connect() as connection:
             return [Metric(**row._mapping) for row in connection.execute(query)]
 
-    def learned_from(self, position: int) -> Sequence[Round]:
-        """Return the rounds that are done and whose slice holds the event at `position`, oldest first.
+    def _replace_uses(self, round_id: int, which: sa.ColumnElement[bool], uses: Sequence[EventUse]) -> None:
+        rows = [{"round_id": round_id, **asdict(use)} for use in uses]
+        with self._engine.begin() as connection:
+            self._require_running(connection, round_id)
+            connection.execute(sa.delete(ROUND_EVENTS).where(ROUND_EVENTS.c.round_id == round_id, which))
+            if rows:
+                connection.execute(sa.insert(ROUND_EVENTS), rows)
 
-        Repeats are left out: no version that serves comes from one by itself.
-        """
-        held = (ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
-        query = (
-            sa.select(ROUNDS)
-            .where(ROUNDS.c.state == "done", ROUNDS.c.repeat_of.is_(None), *held)
-            .order_by(ROUNDS.c.id)
-        )
-        with self._reader.connect() as connection:
-            return [Round(**row._mapping) for row in connection.execute(query)]
+    @staticmethod
+    def _has_published(connection: sa.Connection, round_id: int) -> bool:
+        columns = ROUND_STAGES.c
+        published = (columns.round_id == round_id, columns.name == "publish", columns.state == "done")
+        return connection.execute(sa.select(columns.name).where(*published)).first() is not None
 
     @staticmethod
     def _only(connection: sa.Connection, state: RoundState) -> Round | None:

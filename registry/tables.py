@@ -96,3 +96,14 @@ ROUND_METRICS = sa.Table(
     sa.Column("value", sa.Float),
     sa.Column("at", sa.Float, nullable=False),
 )
+
+# What a round did with each event that it had: `trained`, `older` (trained, from before its slice),
+# `held_out`, `left_out` for a reason, or `unrecorded`. Ids only: an event that is forgotten stays named here.
+ROUND_EVENTS = sa.Table(
+    "round_events",
+    METADATA,
+    sa.Column("round_id", sa.Integer, sa.ForeignKey("rounds.id"), primary_key=True),
+    sa.Column("event_id", sa.Text, primary_key=True, index=True),
+    sa.Column("use", sa.String(20), nullable=False),
+    sa.Column("reason", sa.Text),
+)

@@ -38,9 +38,11 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/feedback", _GIVERS),
     ("POST", "/v1/feedback/batch", _GIVERS - {"token"}),
     ("GET", "/v1/feedback/{id}", _GIVERS | _OPERATOR),
+    ("GET", "/v1/feedback/{id}/lineage", _OPERATOR),
     ("GET", "/v1/queries", frozenset({"rater", "operator"})),
     ("GET", "/v1/versions", _OPERATOR),
     ("GET", "/v1/versions/{id}", _OPERATOR),
+    ("GET", "/v1/versions/{id}/lineage", _OPERATOR),
     ("POST", "/v1/versions/{id}/promote", _OPERATOR),
     ("POST", "/v1/versions/{id}/reject", _OPERATOR),
     ("POST", "/v1/rollback", _OPERATOR),
@@ -49,6 +51,11 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/rounds", _OPERATOR),
     ("GET", "/v1/rounds/{id}", _OPERATOR),
     ("GET", "/v1/rounds/{id}/report", _OPERATOR),
+    ("GET", "/v1/dead-letters", _OPERATOR),
+    ("GET", "/v1/dead-letters/{id}", _OPERATOR),
+    ("POST", "/v1/dead-letters/{id}/fix", _OPERATOR),
+    ("POST", "/v1/dead-letters/{id}/replay", _OPERATOR),
+    ("POST", "/v1/dead-letters/{id}/drop", _OPERATOR),
 )
 
 _PATTERNS = [(method, re.compile(re.sub(r"\{id\}", "[^/]+", path)), roles) for method, path, roles in ROUTES]

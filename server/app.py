@@ -24,9 +24,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
 from feedback.store import Store
+from registry.lineage import Lineage
 from registry.registry import BrokenVersion, Registry, Replica, Version
 from registry.rounds import Rounds
 from registry.settings import RolloutSettings
@@ -36,7 +38,9 @@ from server.identity import Identity
 from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.recorder import Recorder
+from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
+from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
@@ -62,11 +66,12 @@ async def serve(
     versions: Path,
     secret: bytes,
     replica_id: str,
+    waiting_hours: float,
     round_report: Callable[[int], str],
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
-    `round_report` makes the HTML page about a round, for operators.
+    `round_report` makes the HTML page about a round, for operators; `waiting_hours` are the store's.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -95,6 +100,7 @@ async def serve(
         await swapper.begin(version)
         ids = Identity(secret, token_hours=settings.token_hours)
         store, rounds = Store(database), Rounds(database)
+        dead_letters, lineage = DeadLetters(database, waiting_hours), Lineage(database)
         routers = [
             StateRoutes(
                 queue=queue,
@@ -106,7 +112,8 @@ async def serve(
             FeedbackRoutes(
                 queue=queue,
                 store=store,
-                rounds=rounds,
+                dead_letters=dead_letters,
+                lineage=lineage,
                 identity=ids,
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
@@ -117,6 +124,8 @@ async def serve(
                 wait_seconds=rollout.wait_seconds,
                 round_report=round_report,
             ).router(),
+            LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
+            DeadLetterRoutes(dead_letters).router(),
         ]
         app = assemble(
             engine.app,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
 _TYPES = {
@@ -66,9 +67,11 @@ def invalid_field(error: Mapping[str, Any], *, skip: int = 0) -> Problem:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Read a JSON object from a request body. Raises Problem 422."""
+    """Read a JSON object from a request body, as strictly as ingest will. Raises Problem 422."""
     try:
-        value = json.loads(raw)
+        # Python's own reader takes NaN, and halves of surrogate pairs that no text may hold.
+        value = from_json(raw, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is infinity, too
     except ValueError as error:
         raise Problem(422, f"not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -39,13 +39,15 @@ def event_from(
     if feedback.rater is not None and caller.role != "client":
         raise Problem(422, "only a client's key may name a rater", param="rater")
     _check_references(feedback, caller, identity, lookup)
-    return Event(
+    event = Event(
         event_id=event_id or new_event_id(),
         key_id=caller.key_id,
         rater=rater_of(caller, feedback.rater),
         received_at=time.time(),
         feedback=feedback,
     )
+    _check_readable(event)
+    return event
 
 
 def new_event_id() -> str:
@@ -70,6 +72,15 @@ def check_owner(completion_id: str, caller: Caller, identity: Identity, *, param
         raise Problem(403, "this completion was given to another client", param=param)
     if caller.role == "token" and completion_id != caller.completion_id:
         raise Problem(403, "this feedback token is for another completion", param=param)
+
+
+def _check_readable(event: Event) -> None:
+    """Refuse what ingest would not be able to read: what is accepted must not become a dead letter."""
+    try:
+        Event.model_validate_json(event.model_dump_json())
+    except ValueError as error:
+        # Only `context` is open to anything: it may be nested beyond what the parser follows.
+        raise Problem(422, f"it can't be read again: {error}", param="context") from None
 
 
 def _check_references(feedback: Feedback, caller: Caller, identity: Identity, lookup: Lookup) -> None:

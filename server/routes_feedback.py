@@ -4,19 +4,20 @@ What an event may say is decided in `server.feedback_events`; that it is durable
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Protocol
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
+from feedback.dead_letters import DeadLetter, DeadLetters
 from feedback.events import Event
-from feedback.queue import IdempotencyConflict, QueueUnavailable, Receipt
+from feedback.queue import EntryTooLarge, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Completion
 from feedback.store import Query as StoredQuery
 from feedback.store import Store, StoredEvent
-from registry.rounds import Rounds
+from registry.lineage import LEARNED, Lineage
 from server.context import CALLER, Caller
 from server.errors import Problem, parse_object
 from server.feedback_events import check_owner, event_from, rater_of
@@ -30,7 +31,9 @@ class EventQueue(Protocol):
     """The part of `feedback.queue.FeedbackQueue` that these routes use."""
 
     async def submit(self, event: Event, idempotency_key: str | None = None) -> Receipt: ...  # noqa: D102
-    async def submit_batch(self, events: Sequence[Event]) -> list[Receipt]: ...  # noqa: D102
+    async def submit_batch(  # noqa: D102
+        self, events: Sequence[Event], idempotency_keys: Sequence[str | None] | None = None
+    ) -> list[Receipt]: ...
     async def queued(self, event_id: str) -> str | None: ...  # noqa: D102
 
 
@@ -42,14 +45,16 @@ class FeedbackRoutes:
         *,
         queue: EventQueue,
         store: Store,
-        rounds: Rounds,
+        dead_letters: DeadLetters,
+        lineage: Lineage,
         identity: Identity,
         metrics: ServerMetrics,
         batch_lines: int,
     ) -> None:
         self._queue = queue
         self._store = store
-        self._rounds = rounds
+        self._dead_letters = dead_letters
+        self._lineage = lineage
         self._identity = identity
         self._metrics = metrics
         self._batch_lines = batch_lines
@@ -79,47 +84,54 @@ class FeedbackRoutes:
         return JSONResponse(_receipt(receipt), 202)
 
     async def submit_batch(self, request: Request) -> Response:
-        """Take JSON lines; answers one line each: a receipt, or an error for a line that was not taken."""
+        """Take JSON lines; answers one line each: a receipt, or an error for a line that was not taken.
+
+        A line may carry its `idempotency_key` beside the event's own fields.
+        """
         lines = [line for line in (await request.body()).splitlines() if line.strip()]
         if not lines:
             raise Problem(422, "no lines were sent")
         if len(lines) > self._batch_lines:
             raise Problem(413, f"a batch may have at most {self._batch_lines} lines")
         caller = CALLER.get()
-        taken: list[Event | Problem] = []
+        taken: list[tuple[Event, str | None] | Problem] = []
         for line in lines:
             try:
-                taken.append(await self._event(parse_object(line), caller))
+                fields = parse_object(line)
+                key = _line_key(fields)
+                taken.append((await self._event(fields, caller), key))
             except Problem as problem:
                 taken.append(problem)
-        events = [item for item in taken if isinstance(item, Event)]
-        receipts = iter(await self._durably(self._queue.submit_batch(events)) if events else [])
-        answers = []
-        for item in taken:
-            if isinstance(item, Problem):
-                self._metrics.refused.labels(str(item.status)).inc()
-                answers.append(item.body())
-            else:
-                self._metrics.feedback.labels(item.feedback.type).inc()
-                answers.append(_receipt(next(receipts)))
+        accepted = [item for item in taken if not isinstance(item, Problem)]
+        receipts: Iterator[Receipt] = iter(())
+        if accepted:
+            events, keys = zip(*accepted, strict=True)
+            receipts = iter(await self._durably(self._queue.submit_batch(events, keys)))
+        answers = [
+            self._refused(item) if isinstance(item, Problem) else self._taken(item[0], next(receipts))
+            for item in taken
+        ]
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         return Response(text, 200, media_type="application/x-ndjson")
 
     async def receipt(self, event_id: str) -> dict[str, Any]:
         """Say what became of an event; for who gave it and for operators."""
         caller = CALLER.get()
-        stored = await anyio.to_thread.run_sync(self._store.event, event_id)
-        if stored is None:
+        found = await anyio.to_thread.run_sync(self._remembered, event_id)
+        if found is None:
             giver = await self._durably(self._queue.queued(event_id))
             if giver is not None:
                 _check_giver(caller, giver)
                 return _status(event_id, "queued")
-            # It may have moved from the queue to the store between the two looks.
-            stored = await anyio.to_thread.run_sync(self._store.event, event_id)
-        if stored is None:
+            # It may have left the queue between the two looks.
+            found = await anyio.to_thread.run_sync(self._remembered, event_id)
+        if found is None:
             raise Problem(404, f"no such event: {event_id}")
-        _check_giver(caller, stored.event.key_id, stored.event.rater)
-        return await anyio.to_thread.run_sync(self._described, stored)
+        if isinstance(found, DeadLetter):
+            _check_giver(caller, found.key_id, found.rater)
+            return _status(event_id, "rejected", found.reason)
+        _check_giver(caller, found.event.key_id, found.event.rater)
+        return await anyio.to_thread.run_sync(self._described, found)
 
     async def completion(self, completion_id: str) -> dict[str, Any]:
         """Return the record of a completion with the feedback on it; for its client and for operators."""
@@ -157,21 +169,50 @@ class FeedbackRoutes:
             ) from error
         except IdempotencyConflict as error:
             raise Problem(409, str(error), param="Idempotency-Key") from error
+        except EntryTooLarge as error:
+            raise Problem(413, str(error)) from error
+
+    def _remembered(self, event_id: str) -> StoredEvent | DeadLetter | None:
+        return self._store.event(event_id) or self._dead_letters.of_event(event_id)
 
     def _described(self, stored: StoredEvent) -> dict[str, Any]:
         status = "queued" if stored.status == "waiting" else stored.status
         answer = _status(stored.event.event_id, status, stored.reason, stored.superseded_by)
-        if stored.position is not None:
-            rounds = self._rounds.learned_from(stored.position)
-            answer["rounds"] = [item.id for item in rounds]
-            answer["versions"] = [item.version for item in rounds if item.version is not None]
+        # A round that has published nothing has taught nothing.
+        uses = [use for use in self._lineage.uses(stored.event.event_id) if use.version is not None]
+        learned = [use for use in uses if use.use in LEARNED]
+        answer["rounds"] = [use.round_id for use in learned]
+        answer["versions"] = [use.version for use in learned]
+        answer["held_out_rounds"] = [use.round_id for use in uses if use.use == "held_out"]
         return answer
+
+    def _refused(self, problem: Problem) -> dict[str, Any]:
+        """Count a line that was not taken, and answer it."""
+        self._metrics.refused.labels(str(problem.status)).inc()
+        return problem.body()
+
+    def _taken(self, event: Event, receipt: Receipt) -> dict[str, Any]:
+        """Count a line's event, if it is new, and answer it."""
+        if receipt.conflict:
+            conflict = IdempotencyConflict(receipt.event_id)
+            return self._refused(Problem(409, str(conflict), param="idempotency_key"))
+        if not receipt.duplicate:
+            self._metrics.feedback.labels(event.feedback.type).inc()
+        return _receipt(receipt)
 
 
 def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 200:
-        raise Problem(422, "1 to 200 characters are expected", param="Idempotency-Key")
+    return _checked_key(request.headers.get("idempotency-key"), "Idempotency-Key")
+
+
+def _line_key(fields: dict[str, Any]) -> str | None:
+    """Take the idempotency key out of a line's fields; null is none."""
+    return _checked_key(fields.pop("idempotency_key", None), "idempotency_key")
+
+
+def _checked_key(key: Any, param: str) -> str | None:
+    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 200):
+        raise Problem(422, "1 to 200 characters are expected", param=param)
     return key
 
 
@@ -189,13 +230,14 @@ def _status(
         "superseded_by": superseded_by,
         "rounds": [],
         "versions": [],
+        "held_out_rounds": [],
     }
 
 
-def _check_giver(caller: Caller, key_id: str, rater: str | None = None) -> None:
+def _check_giver(caller: Caller, key_id: str | None, rater: str | None = None) -> None:
     """Raise Problem 403 unless `caller` gave the event: by key, or for a token under its very identity.
 
-    An event in the queue is known by key only (`rater` None).
+    An event in the queue is known by key only (`rater` None); of a broken one maybe not even that.
     """
     if caller.role == "operator":
         return

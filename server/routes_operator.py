@@ -77,19 +77,19 @@ class OperatorRoutes:
 
     async def promote(self, name: str, request: Request, wait: bool = False) -> Response:
         """Make a version the one that should serve."""
-        move = partial(self._registry.promote, name, actor=CALLER.get().name, reason=await _reason(request))
+        move = partial(self._registry.promote, name, actor=CALLER.get().name, reason=await reason_of(request))
         await _known(move)
         return await self._moved("promoted", name, wait)
 
     async def reject(self, name: str, request: Request) -> Response:
         """Rule a version out."""
-        move = partial(self._registry.reject, name, actor=CALLER.get().name, reason=await _reason(request))
+        move = partial(self._registry.reject, name, actor=CALLER.get().name, reason=await reason_of(request))
         await _known(move)
         return JSONResponse({"action": "rejected", "version": name})
 
     async def rollback(self, request: Request, wait: bool = False) -> Response:
         """Go back to the version that served before."""
-        move = partial(self._registry.rollback, actor=CALLER.get().name, reason=await _reason(request))
+        move = partial(self._registry.rollback, actor=CALLER.get().name, reason=await reason_of(request))
         name: str = await _known(move)
         return await self._moved("rolled_back", name, wait)
 
@@ -171,7 +171,7 @@ async def _known(function: Callable[..., Any], *arguments: Any) -> Any:
         raise Problem(409, str(error)) from error
 
 
-async def _reason(request: Request) -> str:
+async def reason_of(request: Request) -> str:
     """Read the `reason` of a move from its body, which may be left out."""
     raw = await request.body()
     reason = parse_object(raw).get("reason", "") if raw.strip() else ""

@@ -328,6 +328,12 @@ class _Unrecorded(Rounds):
     def stages(self, round_id: int) -> list[Stage]:
         return []
 
+    def record_uses(self, round_id: int, *_: object) -> None:
+        pass
+
+    def record_older(self, round_id: int, *_: object) -> None:
+        pass
+
     def metric(self, round_id: int, stage: str, step: int, values: Mapping[str, float]) -> None:
         pass
 

@@ -8,8 +8,9 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
 from feedback.records import Choice, Completion, prompt_hash
 from feedback.store import Slice
+from registry.rounds import EventUse, Use
 from training.settings import TrainingSettings
 
 
@@ -26,7 +28,8 @@ from training.settings import TrainingSettings
 class Comparison:
     """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties.
 
-    `weight` is the rater's reliability, `rater_group` the group that accuracy is told for.
+    `weight` is the rater's reliability, `rater_group` the group that accuracy is told for, `event_id` the
+    event that it is made of.
     """
 
     prompt: Prompt
@@ -35,6 +38,7 @@ class Comparison:
     source: str
     weight: float = 1.0
     rater_group: str = ""
+    event_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Judgement:
     kind: str
     weight: float = 1.0
     rater_group: str = ""
+    event_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Demonstration:
 
     prompt: Prompt
     response: list[int]
+    event_id: str = ""
 
 
 @dataclass(slots=True)
@@ -65,6 +71,15 @@ class Side:
     judgements: list[Judgement] = field(default_factory=list)
     demonstrations: list[Demonstration] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[Comparison | Judgement]:
+        """All that reward models are fitted to."""
+        return [*self.comparisons, *self.judgements]
+
+    def items(self) -> list[Comparison | Judgement | Demonstration]:
+        """Everything, each item of one event."""
+        return [*self.judged, *self.demonstrations]
 
     def sorted_prompts(self) -> list[Prompt]:
         """Return the prompts in the order of their hashes: the same whatever else is asked."""
@@ -82,11 +97,31 @@ class Side:
 
 @dataclass(slots=True)
 class Dataset:
-    """A round's data; `left_out` counts what could not be used, by reason."""
+    """A round's data; `reasons` says of each event that is not used why not, by its id."""
 
     train: Side = field(default_factory=Side)
     held_out: Side = field(default_factory=Side)
-    left_out: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Count the events that are not used, by reason."""
+        return MappingProxyType(Counter(self.reasons.values()))
+
+    def uses(self, settings: TrainingSettings) -> list[EventUse]:
+        """Say of every event of the slice what a round with these settings does with it."""
+        uses = [EventUse(event_id, "left_out", reason) for event_id, reason in self.reasons.items()]
+        uses += [EventUse(item.event_id, "held_out") for item in self.held_out.items()]
+        uses += [EventUse(item.event_id, "trained") for item in self.train.judged]
+        use: Use = "trained"
+        reason = None
+        if len(self.train.demonstrations) < settings.sft_minimum:
+            reason = "SFT is skipped for want of demonstrations"
+            if settings.algorithm in ("ppo", "rloo"):
+                reason = f"{reason}: only its prompt is used"
+            else:
+                use = "left_out"
+        return uses + [EventUse(item.event_id, use, reason) for item in self.train.demonstrations]
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -104,7 +139,7 @@ def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSet
     for event in data.events:
         item = builder.item(event)
         if isinstance(item, str):
-            dataset.left_out[item] += 1
+            dataset.reasons[event.event_id] = item
             continue
         held_out = is_held_out(item.prompt.key, settings.held_out_share)
         side = dataset.held_out if held_out else dataset.train
@@ -127,14 +162,13 @@ def with_older(
     Training on the newest samples alone brings regressions back (Llama 2, arXiv 2307.09288), so older ones
     make up at most `reward_older_share` of the whole. Held-out prompts stay out.
     """
-    new = len(side.comparisons) + len(side.judgements)
+    new = len(side.judged)
     wanted = int(new * settings.reward_older_share / (1 - settings.reward_older_share))
     events = [event for event in older.events if event.feedback.type != "demonstration"]
     # As many more as will fall on the held-out side: the rest need not be tokenised.
     drawn = min(len(events), math.ceil(wanted / (1 - settings.held_out_share)))
     events = random.Random(f"{settings.seed}:older").sample(events, drawn)
-    found = build(Slice(events, older.completions), tokenizer, settings).train
-    judged = [*found.comparisons, *found.judgements]
+    judged = build(Slice(events, older.completions), tokenizer, settings).train.judged
     judged = random.Random(f"{settings.seed}:kept").sample(judged, min(len(judged), wanted))
     return Side(
         comparisons=[*side.comparisons, *(item for item in judged if isinstance(item, Comparison))],
@@ -184,7 +218,7 @@ class _Builder:
         """Return what an event is in training, or why it is nothing."""
         feedback = event.feedback
         if isinstance(feedback, DemonstrationEvent):
-            return self._demonstration(feedback)
+            return self._demonstration(feedback, event)
         weight = self._settings.reward_rater_weights.get(event.rater, 1.0)
         if weight <= 0:
             return "the rater's weight is 0"
@@ -222,7 +256,7 @@ class _Builder:
         if not all(responses):
             return "a response is empty"
         assert prompt is not None
-        return Comparison(prompt, responses, ranks, event.source, weight, rater_group(event))
+        return Comparison(prompt, responses, ranks, event.source, weight, rater_group(event), event.event_id)
 
     def _judgement(
         self, given: Thumb | Rating, target: float, event: Event, weight: float
@@ -234,18 +268,18 @@ class _Builder:
         if not response:
             return "a response is empty"
         prompt = self._prompt(found[0])
-        return Judgement(prompt, response, target, given.type, weight, rater_group(event))
+        return Judgement(prompt, response, target, given.type, weight, rater_group(event), event.event_id)
 
-    def _demonstration(self, event: DemonstrationEvent) -> Demonstration | str:
-        if event.messages is not None:
-            messages = [message.model_dump() for message in event.messages]
+    def _demonstration(self, given: DemonstrationEvent, event: Event) -> Demonstration | str:
+        if given.messages is not None:
+            messages = [message.model_dump() for message in given.messages]
             prompt = self._make_prompt("messages:" + repr(messages), self._render(messages))
         else:
-            completion = self._first.get(event.completion_id or "")
+            completion = self._first.get(given.completion_id or "")
             if completion is None:
                 return "the completion is no longer stored"
             prompt = self._prompt(completion)
-        return Demonstration(prompt, self._written(event.text))
+        return Demonstration(prompt, self._written(given.text), event.event_id)
 
     def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
         """Return a completion's prompt and its choices that aren't empty, each with its index."""

@@ -164,7 +164,7 @@ class RoundRun:
     def _describe_dataset(self) -> Result:
         data = self._dataset
         for name, side in (("training", data.train), ("held-out", data.held_out)):
-            judged = len(side.comparisons) + len(side.judgements)
+            judged = len(side.judged)
             if judged < self._settings.minimum_judged:
                 raise RoundRefused(
                     f"only {judged} usable rankings, thumbs and ratings on the {name} prompts, "
@@ -176,6 +176,7 @@ class RoundRun:
                 check_backbone(self._settings.reward_backbone, self._tokenizer)
             except (ValueError, OSError) as problem:
                 raise RoundRefused(f"reward_backbone: {problem}") from problem
+        self._rounds.record_uses(self._round.id, data.uses(self._settings))
         return {
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
@@ -218,12 +219,14 @@ class RoundRun:
         """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
-        side, new = self._with_older(), self._dataset.train
+        side, new = self._with_older(), {item.event_id for item in self._dataset.train.judged}
+        older = [item.event_id for item in side.judged if item.event_id not in new]
+        if processes.is_first():
+            self._rounds.record_older(self._round.id, older)
         model = self._fit(side, "reward_model", start)
         if processes.is_first():
             self._score_for_queries(model)
-        older = len(side.comparisons) + len(side.judgements) - len(new.comparisons) - len(new.judgements)
-        return {"older": older, **self._quality(model, "reward_model", self._dataset.held_out)}
+        return {"older": len(older), **self._quality(model, "reward_model", self._dataset.held_out)}
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""

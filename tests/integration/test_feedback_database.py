@@ -1,5 +1,6 @@
 """Opening and migrating the database: the migrations give exactly the tables that the code uses."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy.engine import Engine
 
@@ -44,6 +47,62 @@ def _schema(engine: Engine) -> dict[str, str]:
         name: "".join(sorted(re.split(r",?\s*\n\s*|,\s*", sql))).replace(" ", "")
         for name, sql in found.items()
     }
+
+
+def test_what_was_there_before_lineage_gets_its_own(either_database: Engine) -> None:
+    """Rounds get their slices, dead letters the names of their events."""
+    _downgrade(either_database, "0003")
+    event = {"event_id": "e9", "key_id": "k1", "rater": "k1/r", "feedback": {}}
+    with either_database.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO events (event_id, key_id, rater, source, type, target, feedback, received_at, "
+                "ingested_at, status, position, superseded_position) VALUES (:id, 'k', 'r', 's', 'thumb', "
+                ":id, '{}', 1, 1, 'superseded', :position, :superseded)"
+            ),
+            [
+                {"id": "a", "position": 1, "superseded": 2},
+                {"id": "b", "position": 2, "superseded": 4},
+                {"id": "c", "position": 3, "superseded": None},
+                {"id": "d", "position": 4, "superseded": None},
+            ],
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO rounds (id, state, cursor, cutoff, config) VALUES (1, 'done', 0, 3, '{}'), "
+                "(2, 'failed', 3, 4, '{}'), (3, 'failed', 3, 4, '{}'), (4, 'requested', NULL, NULL, '{}')"
+            )
+        )
+        connection.execute(
+            sa.text("INSERT INTO round_stages (round_id, name, state, at) VALUES (3, 'publish', 'done', 1)")
+        )
+        connection.execute(
+            sa.text("INSERT INTO dead_letters VALUES (:digest, '1-1', :kind, :data, 'broken', 1)"),
+            [
+                {"digest": "1", "kind": "event", "data": json.dumps(event).encode()},
+                {"digest": "2", "kind": "event", "data": b"\xff"},
+                {"digest": "3", "kind": "event", "data": b"[]"},
+                {"digest": "4", "kind": "completion", "data": json.dumps(event).encode()},
+            ],
+        )
+    migrate(either_database)
+    with either_database.connect() as connection:
+        uses = connection.execute(sa.select(registry_tables.ROUND_EVENTS).order_by(sa.text("1, 2"))).all()
+        letters = connection.execute(sa.select(tables.dead_letters).order_by(sa.text("1"))).all()
+    assert uses == [(number, id, "unrecorded", None) for number, id in ((1, "b"), (1, "c"), (3, "d"))]
+    assert [(row.event_id, row.key_id, row.rater) for row in letters] == [
+        ("e9", "k1", "k1/r"),
+        *[(None, None, None)] * 3,
+    ]
+    assert {row.schema for row in letters} == {"1"}
+
+
+def _downgrade(engine: Engine, revision: str) -> None:
+    with engine.connect() as connection, connection.begin():
+        config = Config()
+        config.set_main_option("script_location", "instructloop:migrations")
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
 
 
 def test_migrating_again_keeps_what_is_there(either_database: Engine) -> None:

@@ -12,7 +12,15 @@ import redis
 import redis.asyncio
 from feedback_samples import completion, thumb
 
-from feedback.queue import Entry, FeedbackQueue, IdempotencyConflict, QueueUnavailable, StreamReader
+from feedback.entries import parse
+from feedback.queue import (
+    Entry,
+    EntryTooLarge,
+    FeedbackQueue,
+    IdempotencyConflict,
+    QueueUnavailable,
+    StreamReader,
+)
 from feedback.settings import QueueSettings
 
 if TYPE_CHECKING:
@@ -56,6 +64,7 @@ async def test_entries_come_out_in_order_and_leave_when_done(
         ("completion", None),
     ]
     assert found[2].data == thumb("e1", "c1").model_dump_json().encode()
+    assert [(entry.key_id, entry.schema) for entry in found[1:3]] == [(None, "1"), ("k1", "1")]
     stream.done(found)
     stream.done([])
     assert await queue.depth() == 0
@@ -90,6 +99,45 @@ async def test_an_idempotency_key_names_one_event(queue: FeedbackQueue, admin: r
     lifetimes = [admin.ttl(name) for name in admin.keys("*idempotency*")]
     assert len(lifetimes) == 2
     assert all(86_000 < seconds <= 86_400 for seconds in lifetimes)
+
+
+async def test_each_event_of_a_batch_may_have_its_key(queue: FeedbackQueue, admin: redis.Redis) -> None:
+    events = [thumb("e1"), thumb("e2"), thumb("e3", value="down"), thumb("e4"), thumb("e5")]
+    receipts = await queue.submit_batch(events, ["a", "a", "a", None, "b"])
+    assert [(r.event_id, r.duplicate, r.conflict) for r in receipts] == [
+        ("e1", False, False),
+        ("e1", True, False),
+        ("e1", False, True),
+        ("e4", False, False),
+        ("e5", False, False),
+    ]
+    assert await queue.depth() == 3
+    assert (await queue.submit(thumb("e6"), "b")).event_id == "e5"
+    again = await queue.submit_batch([thumb("f1"), thumb("f2")], ["a", "b"])
+    assert [receipt.event_id for receipt in again] == ["e1", "e5"]
+    assert await queue.depth() == 3
+
+
+async def test_an_event_beyond_what_an_entry_may_be_is_refused(
+    queue: FeedbackQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = thumb("e1", rater="é" * 300)
+    size = len(said.model_dump_json().encode())
+    monkeypatch.setattr("feedback.queue.LARGEST_ENTRY_BYTES", size - 1)
+    for attempt in (queue.submit(said), queue.submit_batch([thumb("e2"), said])):
+        with pytest.raises(EntryTooLarge, match=f"at most {size - 1} bytes"):
+            await attempt
+    assert await queue.depth() == 0
+    monkeypatch.setattr("feedback.queue.LARGEST_ENTRY_BYTES", size)
+    await queue.submit(said)
+
+
+async def test_a_record_with_half_of_a_surrogate_pair_is_queued_without_it(
+    queue: FeedbackQueue, admin: redis.Redis
+) -> None:
+    await queue.record([completion(messages=[{"role": "user", "content": "hi", "name": "a\ud800"}])])
+    (found,) = parse(reader(admin).read(0)).completions
+    assert found == completion(messages=[{"role": "user", "content": "hi", "name": "a?"}])
 
 
 async def test_a_long_batch_is_whole(queue: FeedbackQueue, admin: redis.Redis) -> None:
@@ -197,6 +245,38 @@ def test_a_lost_group_and_deleted_entries_do_not_stop_the_reader(admin: redis.Re
     admin.xadd(SETTINGS.stream, {"junk": "1"})
     (junk,) = stream.read(0)
     assert junk == Entry(junk.id, "", b"{b'junk': b'1'}")
+    assert junk.schema == "1", "entries of before had none"
+
+
+def test_consumers_that_are_long_gone_are_forgotten(
+    admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process has a name of its own; one that still holds an entry is never forgotten."""
+
+    def names() -> set[bytes]:
+        return {consumer["name"] for consumer in admin.xinfo_consumers(SETTINGS.stream, SETTINGS.group)}
+
+    reader(admin).read(0)
+    for number in range(20):
+        reader(admin, f"gone-{number}").read(0)
+    admin.xadd(SETTINGS.stream, {"kind": "completion", "data": "0"})
+    assert len(reader(admin, "dead").read(0)) == 1
+    assert len(names()) == 21
+    quick = reader(admin, "heir", claim_after_seconds=3600.0)
+    assert quick.read(0.001) == []
+    assert len(names()) == 22, "a day is not over"
+    monkeypatch.setattr("feedback.queue._FORGET_CONSUMERS_AFTER_SECONDS", 0.05)
+    time.sleep(0.1)
+    assert reader(admin, "heir", claim_after_seconds=3600.0).read(0.001) == []
+    assert names() == {b"dead", b"heir"}
+    # One that was meant by mistake only has to read again.
+    admin.xadd(SETTINGS.stream, {"kind": "completion", "data": "1"})
+    assert [entry.data for entry in reader(admin, "gone-3", claim_after_seconds=3600.0).read(0)] == [b"1"]
+    assert {entry["consumer"] for entry in _pending(admin)} == {b"dead", b"gone-3"}
+
+
+def _pending(admin: redis.Redis) -> list[dict[str, object]]:
+    return list(admin.xpending_range(SETTINGS.stream, SETTINGS.group, "-", "+", 10))
 
 
 def test_a_read_waits_for_an_entry_and_no_longer_than_asked(

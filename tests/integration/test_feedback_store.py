@@ -10,7 +10,6 @@ from sqlalchemy.engine import Engine
 
 from feedback import tables
 from feedback.intake import IngestCounts
-from feedback.queue import Entry
 from feedback.store import ResponseScore, Store
 
 
@@ -157,37 +156,6 @@ def test_a_ranking_of_the_same_responses_replaces_the_earlier_order(store: Store
     first, second = ("chatcmpl-1", 0), ("chatcmpl-1", 1)
     store.ingest(entries(completion(), ranking("e1", first, second), ranking("e2", second, first)))
     assert (status(store, "e1"), status(store, "e2")) == ("superseded", "stored")
-
-
-def test_malformed_entries_become_dead_letters_and_block_nothing(store: Store) -> None:
-    deep = b"[" * 100_000 + b"]" * 100_000
-    broken = [
-        Entry("2-0", "event", b"{", "lost"),
-        Entry("2-1", "event", thumb("x").model_dump_json().replace('"up"', '"sideways"').encode(), "x"),
-        Entry("2-2", "surprise", b"\xff\x00"),
-        Entry("2-3", "completion", b'{"id": 3}'),
-        Entry("2-4", "completion", b'{"a": "\\u0000", "b": ' + deep + b"}"),
-    ]
-    counts = store.ingest([*broken, *entries(completion(), thumb("e1"))])
-    assert counts == IngestCounts(completions=1, stored=1, dead_letters=5)
-    letters = {letter.entry_id: letter for letter in store.dead_letters()}
-    assert letters["2-2"].data == b"\xff\x00"
-    assert "surprise" in letters["2-2"].reason
-    assert "value" in letters["2-1"].reason
-    assert all(letter.reason for letter in letters.values())
-    assert store.ingest(broken).dead_letters == 0
-    assert store.counts()["dead_letters"] == 5
-    assert len(store.dead_letters(limit=2)) == 2
-
-
-def test_what_the_database_refuses_is_a_dead_letter_and_its_batch_gets_in(store: Store) -> None:
-    # A choice number that the completion already has in another part: the schema forbids it, no record does.
-    clash = completion("cmpl-1", part=1, n=1).model_copy(update={"choices": completion(n=1).choices})
-    batch = entries(completion("cmpl-1", n=1), clash, completion("b"), thumb("e1", "b"))
-    counts = store.ingest(batch)
-    assert (counts.completions, counts.stored, counts.dead_letters) == (2, 1, 1)
-    assert [letter.entry_id for letter in store.dead_letters()] == ["1-1"]
-    assert "refused" in store.dead_letters()[0].reason
 
 
 def test_text_that_postgres_can_not_hold_is_stored_on_both(store: Store) -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from unit.training.tiny import TransformersSampler, tiny_model, tiny_tokenizer
 
 from evaluation.settings import EvaluationSettings
+from registry.lineage import Lineage
+from registry.rounds import Round
 from training.settings import TrainingSettings
 from training.trainer import Trainer
 
@@ -74,6 +76,7 @@ def test_a_second_round_starts_from_the_first_ones_reward_model_and_a_share_of_i
         assert round_ is not None
         assert round_.state == "done", round_.error
         stages = installation.registry.version(round_.version or "").manifest.details["stages"]
+        _check_lineage(installation, round_, stages)
         return {"from": round_.config["reward_model_from"], **stages["reward_model"], **stages["dataset"]}
 
     installation.give_feedback(seed=4)
@@ -91,6 +94,32 @@ def test_a_second_round_starts_from_the_first_ones_reward_model_and_a_share_of_i
     other = tiny_model(installation.directory / "other", seed=3)
     third = train(reward_backbone=str(other))
     assert third["from"] is None
+
+
+def _check_lineage(installation: RoundInstallation, round_: Round, stages: Mapping[str, Any]) -> None:
+    """What the round wrote down is what its stages counted, and leads to the events of the store."""
+    lineage = Lineage(installation.engine)
+    own, *others = lineage.behind(round_.version or "")
+    judged = {side: {**stages["dataset"][side], "prompts": 0} for side in ("train", "held_out")}
+    assert own.events == {
+        name: count
+        for name, count in (
+            ("trained", sum(judged["train"].values())),
+            ("held_out", sum(judged["held_out"].values())),
+            ("older", stages["reward_model"]["older"]),
+        )
+        if count
+    }
+    # The last round's reward model is behind this one, whatever became of its candidate.
+    start = round_.config["reward_model_from"]
+    assert start is None or start in [found.round_id for found in others]
+    for event in lineage.events([round_.id], limit=10_000):
+        stored = installation.store.event(event.event_id)
+        assert stored is not None
+        assert stored.position is not None
+        assert (stored.position <= (round_.cursor or 0)) == (event.use == "older")
+        learned = lineage.learned(event.event_id)
+        assert (round_.version in learned) == (event.use != "held_out")
 
 
 def test_a_reward_backbone_with_another_vocabulary_is_refused_at_once(

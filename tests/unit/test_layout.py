@@ -96,6 +96,8 @@ def light_modules() -> list[str]:
         "supervisor",
         "installation",
         "doctor",
+        "dead_letters",
+        "lineage",
         "listings",
         "rounds",
         "parts",

@@ -20,7 +20,6 @@ from feedback.events import (
     target,
 )
 from feedback.records import Choice, Completion, WeightSpan, prompt_hash
-from feedback.rows import without_nul
 from feedback.tables import Packed
 
 DIALECT = sqlite.dialect()
@@ -163,9 +162,3 @@ def test_impossible_rankings(groups: list[list[tuple[str, int]]], reason: str) -
     with pytest.raises(ValidationError, match=reason):
         ranking(*groups)
     assert isinstance(ranking([("a", 0), ("a", 1)]), Ranking)
-
-
-def test_nul_is_replaced_and_an_escaped_backslash_is_left() -> None:
-    assert without_nul(rb'{"a\u0000": ["x\u0000y", 1]}') == rb'{"a\ufffd": ["x\ufffdy", 1]}'
-    literal = rb'{"a": "\\u0000"}'
-    assert without_nul(literal) == literal

@@ -52,6 +52,8 @@ def test_keys_are_made_listed_and_revoked(data_dir: Path, capsys: pytest.Capture
         (["promote", "policy-0099"], "policy-0099"),
         (["reject", "policy-0099"], "policy-0099"),
         (["rollback"], "no version served before"),
+        (["lineage", "policy-0099"], "there is no version policy-0099"),
+        (["dead-letters", "replay", "abcdef"], "there is no dead letter abcdef"),
         (["rounds", "show", "7"], "there is no round 7"),
         (["rounds", "diff", "7", "8"], "there is no round 7"),
         (["rounds", "pin", "7"], "there is no round 7"),
@@ -194,3 +196,102 @@ def test_a_comparison_is_asked_for_rightly(
 def test_the_algorithms_are_those_that_a_round_can_be_set_to() -> None:
     annotation = TrainingSettings.model_fields["algorithm"].annotation
     assert get_args(annotation) == cli._ALGORITHMS
+
+
+def test_the_lineage_of_versions_and_events(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructloop import installation
+    from instructloop.config import load
+    from registry.rounds import EventUse, Rounds
+
+    config = load()
+    engine = installation.open_database(config)
+    registry, rounds = installation.open_registry(config, engine), Rounds(engine)
+    uses = [EventUse("fb-a", "trained"), EventUse("fb-b", "held_out"), EventUse("fb-c", "left_out", "tied")]
+    for number in range(2):
+        round_ = None
+        if number:
+            round_ = rounds.begin(0, 40, {"parent": "policy-0000", "reward_model_from": None}, 0).id
+            rounds.record_uses(round_, uses)
+        staging = tmp_path / f"staging-{number}"
+        staging.mkdir()
+        (staging / "model.safetensors").write_bytes(bytes([number]))
+        version = registry.publish(staging, parent=None, round_id=round_, kind="ppo", details={}).name
+        if round_ is not None:
+            rounds.finish(round_, "done", version=version)
+
+    def said(*arguments: str) -> str:
+        assert cli.run(["lineage", *arguments]) == 0
+        return capsys.readouterr().out
+
+    summary, events = said("policy-0001").split("\n\n")
+    assert "own" in summary.splitlines()[1]
+    assert [line.split() for line in events.splitlines()[1:]] == [
+        ["1", "trained", "fb-a"],
+        ["1", "held_out", "fb-b"],
+        ["1", "left_out", "fb-c", "tied"],
+    ]
+    assert said("policy-0001", "--summary") == summary + "\n"
+    assert said("policy-0001", "--use", "held_out").splitlines()[-1].split() == ["1", "held_out", "fb-b"]
+    assert len(said("policy-0001", "--round", "7").splitlines()) == 4
+    lines = [json.loads(line) for line in said("policy-0001", "--json").splitlines()]
+    assert (lines[0]["events"], lines[0]["state"]) == (
+        {"trained": 1, "held_out": 1, "left_out": 1},
+        "candidate",
+    )
+    assert lines[3] == {"round_id": 1, "event_id": "fb-c", "use": "left_out", "reason": "tied"}
+    assert len(said("policy-0000").splitlines()) == 3
+    assert said("--event", "fb-a").endswith("versions that learned from it: policy-0001\n")
+    assert said("--event", "fb-b").endswith("versions that learned from it: none\n")
+    assert json.loads(said("--event", "fb-a", "--json").splitlines()[1]) == {
+        "version": "policy-0001",
+        "state": "candidate",
+    }
+
+
+def test_dead_letters_are_listed_fixed_replayed_and_dropped(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from feedback.dead_letters import DeadLetters
+    from feedback.queue import Entry
+    from feedback.store import Store
+    from instructloop import installation
+    from instructloop.config import load
+
+    engine = installation.open_database(load())
+    asked = [{"role": "user", "content": "say"}]
+    feedback = {"type": "demonstration", "messages": asked, "text": 5}
+    broken = {"key_id": "k", "rater": "k/", "received_at": 1.0, "feedback": feedback}
+    data = {name: json.dumps(broken | {"event_id": name}).encode() for name in ("fb-a", "fb-b")}
+    letters = [Entry(f"{n}-0", "event", value, name) for n, (name, value) in enumerate(data.items())]
+    Store(engine).ingest([*letters, Entry("3-0", "a\nb", b"\xff")])
+    ids = {letter.event_id: letter.id for letter in DeadLetters(engine).list()}
+
+    def said(*arguments: str, code: int = 0) -> str:
+        assert cli.run(["dead-letters", *arguments]) == code
+        return capsys.readouterr().out
+
+    listed = said().splitlines()
+    assert said("list", "--limit", "10").splitlines() == listed
+    assert len(listed) == 4
+    assert any("fb-a" in line and "feedback.demonstration.text" in line for line in listed)
+    assert len(said("list", "--limit", "1").splitlines()) == 2
+    assert '"received_at": 1.0' in said("show", ids["fb-a"][:8])
+    assert said("show", str(ids[None])).endswith("\\xff\n")
+    assert cli.run(["dead-letters", "show", ids["fb-a"], "--raw"]) == 0
+    assert capsys.readouterr().out.encode() == data["fb-a"]
+    assert said("replay", "--all", code=1) == "0 replayed, 3 stay\n"
+    file = tmp_path / "fixed.json"
+    file.write_bytes(data["fb-a"].replace(b'"text": 5', b'"text": "five"'))
+    assert "replay it now" in said("fix", ids["fb-a"], str(file))
+    assert f"{ids['fb-a'][:12]} is replayed: fb-a\n1 replayed, 0 stay\n" == said("replay", ids["fb-a"][:9])
+    found = Store(engine).event("fb-a")
+    assert found is not None
+    assert found.status == "stored"
+    said("drop", ids["fb-b"], str(ids[None]), "--reason", "of no use")
+    assert len(said("list").splitlines()) == 1
+    assert "of no use" in said("list", "--dropped")
+    for arguments in (["replay", ids["fb-b"]], ["show", "0" * 64], ["fix", ids["fb-b"], str(file)]):
+        assert cli.run(["dead-letters", *arguments]) == cli.USAGE_ERROR
+        assert "there is no dead letter" in capsys.readouterr().err

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from instructloop.database import connect
-from registry.rounds import RoundConflict, Rounds, UnknownRound, config_hash
-from registry.tables import ROUNDS
+from registry.rounds import EventUse, RoundConflict, Rounds, UnknownRound, config_hash
+from registry.tables import ROUND_EVENTS, ROUNDS
 
 
 @pytest.fixture
@@ -73,7 +71,6 @@ def test_no_round_goes_on_from_a_repeat(rounds: Rounds) -> None:
     last = rounds.last_done()
     assert last is not None
     assert last.id == first.id
-    assert [item.id for item in rounds.learned_from(5)] == [first.id]
     assert rounds.begin(10, 12, {}, 0).id == waiting
 
 
@@ -173,19 +170,22 @@ def test_the_configs_hash_ignores_order_and_nothing_else() -> None:
         config_hash({"a": math.inf})
 
 
-@settings(max_examples=20)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 60))
-def test_learned_from_finds_the_one_round_whose_slice_holds_the_position(
-    sizes: list[int], position: int
-) -> None:
-    engine = sa.create_engine("sqlite://")
-    ROUNDS.metadata.create_all(engine)
-    rounds, cursor, expected = Rounds(engine), 0, []
-    for size in sizes:
-        number = rounds.begin(cursor, cursor + size, {}, 0).id
-        rounds.finish(number, "done")
-        expected += [number] if position in range(cursor + 1, cursor + size + 1) else []
-        cursor += size
-    failed = rounds.begin(0, 100, {}, 0).id
-    rounds.finish(failed, "failed")
-    assert [item.id for item in rounds.learned_from(position)] == expected
+def test_what_a_failed_round_used_is_forgotten_unless_it_published(rounds: Rounds, engine: sa.Engine) -> None:
+    for published in (False, True):
+        number = rounds.begin(0, 10, {}, 0).id
+        rounds.record_uses(number, [EventUse("a", "trained"), EventUse("b", "left_out", "tied")])
+        rounds.record_older(number, ["c", "d"])
+        # A stage that is run again replaces what it wrote, and nothing else.
+        rounds.record_uses(number, [EventUse("a", "held_out")])
+        rounds.record_older(number, ["c"])
+        with engine.connect() as connection:
+            found = connection.execute(sa.select(ROUND_EVENTS).order_by(ROUND_EVENTS.c.event_id)).all()
+        assert found == [(number, "a", "held_out", None), (number, "c", "older", None)]
+        if published:
+            rounds.stage(number, "publish", "running")
+            rounds.stage(number, "publish", "done", {"version": "policy-0001"})
+        rounds.finish(number, "failed", error="out of memory")
+        with engine.connect() as connection:
+            assert len(connection.execute(sa.select(ROUND_EVENTS)).all()) == 2 * published
+        with pytest.raises(RoundConflict):
+            rounds.record_uses(number, [])

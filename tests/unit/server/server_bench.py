@@ -11,18 +11,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Choice, Completion
 from feedback.store import Store
+from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.metrics import ServerMetrics
+from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
+from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
@@ -48,16 +52,23 @@ class MemoryQueue:
             name = (event.key_id, idempotency_key)
             first_id, first_body = self.bodies.setdefault(name, (event.event_id, body))
             if first_body != body:
-                raise IdempotencyConflict("the idempotency key was used for another event")
+                raise IdempotencyConflict(first_id)
             if first_id != event.event_id:
                 return Receipt(first_id, True)
         self.events.append(event)
         return Receipt(event.event_id, False)
 
-    async def submit_batch(self, events: Sequence[Event]) -> list[Receipt]:
+    async def submit_batch(
+        self, events: Sequence[Event], idempotency_keys: Sequence[str | None] | None = None
+    ) -> list[Receipt]:
+        receipts = []
+        for event, key in zip(events, idempotency_keys or [None] * len(events), strict=True):
+            try:
+                receipts.append(await self.submit(event, key))
+            except IdempotencyConflict:
+                receipts.append(Receipt(self.bodies[event.key_id, str(key)][0], False, conflict=True))
         self._check()
-        self.events += events
-        return [Receipt(event.event_id, False) for event in events]
+        return receipts
 
     async def record(self, completions: Sequence[Completion]) -> None:
         self._check()
@@ -101,6 +112,7 @@ class Bench:
     )
 
     def __post_init__(self) -> None:
+        self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
         routers: list[APIRouter] = [
             StateRoutes(
                 queue=self.queue,
@@ -112,7 +124,8 @@ class Bench:
             FeedbackRoutes(
                 queue=self.queue,
                 store=self.store,
-                rounds=self.rounds,
+                dead_letters=self.dead_letters,
+                lineage=lineage,
                 identity=self.identity,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
@@ -124,6 +137,8 @@ class Bench:
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
             ).router(),
+            LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
+            DeadLetterRoutes(self.dead_letters).router(),
         ]
         self.app = assemble(
             engine_app(),

@@ -7,6 +7,9 @@ import httpx
 import pytest
 from server_bench import Bench
 
+from feedback.queue import EntryTooLarge
+from registry.rounds import EventUse
+
 REF = {"completion_id": "ID"}
 
 
@@ -195,6 +198,62 @@ async def test_a_batch_answers_line_by_line(bench: Bench) -> None:
         assert error(await http.post("/v1/feedback/batch", content=b"\n\n"))[0] == 422
 
 
+async def test_each_line_of_a_batch_may_carry_its_idempotency_key(bench: Bench) -> None:
+    id_ = bench.completion()
+    up, down = thumb(id_, rater="a"), thumb(id_, rater="a", value="down")
+    lines = [up | {"idempotency_key": "k1"}, up | {"idempotency_key": "k1"}, down | {"idempotency_key": "k1"}]
+    lines += [down | {"idempotency_key": 5}, down | {"idempotency_key": None}]
+    async with bench.http("client") as http:
+        sent = await http.post("/v1/feedback/batch", content="\n".join(map(json.dumps, lines)))
+        first, again, conflict, wrong, none = [json.loads(line) for line in sent.text.splitlines()]
+        assert first == again == {"event_id": bench.queue.events[0].event_id, "status": "queued"}
+        assert (conflict["error"]["type"], conflict["error"]["param"]) == ("conflict", "idempotency_key")
+        assert first["event_id"] in conflict["error"]["message"]
+        assert (wrong["error"]["type"], wrong["error"]["param"]) == ("invalid", "idempotency_key")
+        assert none["event_id"] == bench.queue.events[1].event_id
+        # The whole batch again, after a lost answer: what had a key is the same event.
+        again = await http.post("/v1/feedback/batch", content="\n".join(map(json.dumps, lines[:2])))
+        assert [json.loads(line) for line in again.text.splitlines()] == [first, first]
+        # A single event's header names the same thing.
+        single = await http.post("/v1/feedback", json=up, headers={"Idempotency-Key": "k1"})
+        assert single.json() == first
+    assert len(bench.queue.events) == 2
+    assert bench.count("feedback_accepted", type="thumb") == 2
+    assert bench.count("feedback_refused", status="409") == 1
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        r'"\ud800"',
+        r'{"\ud800": 1}',
+        "NaN",
+        "-Infinity",
+        "1e999",
+        "[" * 250 + "]" * 250,
+        "[" * 199 + "]" * 199,
+    ],
+)
+async def test_what_ingest_could_not_read_is_refused_at_once(bench: Bench, context: str) -> None:
+    text = json.dumps(thumb(bench.completion(), context={"a": 5})).replace("5}", context + "}")
+    async with bench.http("client") as http:
+        assert (await http.post("/v1/feedback", content=text)).status_code == 422
+        answer = await http.post("/v1/feedback/batch", content=text)
+        assert "error" in answer.json()
+    assert bench.queue.events == []
+
+
+async def test_an_event_beyond_what_an_entry_may_be_is_413(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise EntryTooLarge("an event may have at most 64 bytes")
+
+    monkeypatch.setattr(bench.queue, "submit", refuse)
+    async with bench.http("client") as http:
+        assert error(await http.post("/v1/feedback", json=thumb(bench.completion()))) == (413, None)
+
+
 async def test_a_receipt_follows_the_event_from_the_queue_to_what_learned_from_it(bench: Bench) -> None:
     id_ = bench.completion()
     async with bench.http("client") as http:
@@ -206,14 +265,21 @@ async def test_a_receipt_follows_the_event_from_the_queue_to_what_learned_from_i
             "superseded_by": None,
             "rounds": [],
             "versions": [],
+            "held_out_rounds": [],
         }
         assert (await http.get(f"/v1/feedback/{sent}")).json() == expected
         bench.queue.drain_into(bench.store)
         assert (await http.get(f"/v1/feedback/{sent}")).json() == expected | {"status": "stored"}
-        bench.rounds.request("operator")
-        round_ = bench.rounds.begin(0, bench.store.head(), {}, 0)
-        bench.rounds.finish(round_.id, "done", version="policy-0001")
-        learned = expected | {"status": "stored", "rounds": [round_.id], "versions": ["policy-0001"]}
+        numbers = []
+        for version, use in (("1", "trained"), ("2", "older"), ("3", "held_out")):
+            number = bench.rounds.begin(0, bench.store.head(), {}, 0).id
+            bench.rounds.record_uses(number, [EventUse(sent, use)])
+            # Not yet: as long as nothing is published, nothing has learned.
+            assert (await http.get(f"/v1/feedback/{sent}")).json()["rounds"] == numbers
+            bench.rounds.finish(number, "done", version=f"policy-000{version}")
+            numbers = [*numbers, number][:2]
+        learned = expected | {"status": "stored", "rounds": numbers, "held_out_rounds": [number]}
+        learned["versions"] = ["policy-0001", "policy-0002"]
         assert (await http.get(f"/v1/feedback/{sent}")).json() == learned
         newer = (await http.post("/v1/feedback", json=thumb(id_, value="down"))).json()["event_id"]
         bench.queue.drain_into(bench.store)

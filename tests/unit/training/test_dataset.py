@@ -7,7 +7,7 @@ import pytest
 from unit.training.tiny import END, WORDS, tiny_tokenizer
 
 from feedback.events import FEEDBACK, Event
-from feedback.records import Choice, Completion
+from feedback.records import Choice, Completion, prompt_hash
 from feedback.store import Slice
 from training.dataset import Dataset, build, is_held_out, rater_group, responses_of, with_older
 from training.settings import TrainingSettings
@@ -175,6 +175,49 @@ def test_raters_weigh_as_the_settings_say_and_belong_to_a_group() -> None:
     assert [(item.weight, item.rater_group) for item in _all(dataset, "judgements")] == [(0.5, "k")]
     assert dataset.left_out["the rater's weight is 0"] == 1
     assert rater_group(events[2]) == "j"
+
+
+@pytest.mark.parametrize(
+    ("settings", "use", "words"),
+    [
+        ({"sft_minimum": 2}, "trained", None),
+        ({"sft_minimum": 3}, "trained", "only its prompt is used"),
+        ({"sft_minimum": 3, "algorithm": "rloo"}, "trained", "only its prompt is used"),
+        ({"sft_minimum": 3, "algorithm": "dpo"}, "left_out", "SFT is skipped"),
+    ],
+)
+def test_the_use_of_every_event_is_told_once(settings: dict[str, Any], use: str, words: str | None) -> None:
+    prompts = [f"w{i}" for i in range(40)]
+    completions = {prompt: _completion(f"c{prompt}", prompt=prompt) for prompt in prompts}
+    said = {
+        name: [
+            _event(type="ranking", groups=[[_ref(0, name)], [_ref(1, name)]]),
+            _event(type="ranking", groups=[[_ref(0, name), _ref(1, name)]]),
+            _event(type="thumb", value="up", **_ref(0, name)),
+        ]
+        for name in (completion.id for completion in completions.values())
+    }
+    dataset = _build([event for events in said.values() for event in events], *completions.values())
+    train, held_out = (
+        {f"c{prompt}" for prompt in prompts if is_held_out(prompt_hash(completions[prompt]), 0.3) is side}
+        for side in (False, True)
+    )
+    written = [_event(type="demonstration", completion_id=name, text="w5") for name in sorted(train)[:2]]
+    written += [_event(type="demonstration", completion_id=name, text="w5") for name in sorted(held_out)[:1]]
+    everything = [event for events in said.values() for event in events] + written
+    dataset = _build(everything, *completions.values(), **settings)
+    found = {item.event_id: (item.use, item.reason) for item in dataset.uses(TrainingSettings(**settings))}
+    assert len(dataset.uses(TrainingSettings(**settings))) == len(everything) == len(found)
+    for side, expected in ((train, "trained"), (held_out, "held_out")):
+        for name in side:
+            ranked, tied, thumb = (found[event.event_id] for event in said[name])
+            assert ranked == thumb == (expected, None)
+            assert tied == ("left_out", "all responses are tied")
+    for event in written[:2]:
+        assert found[event.event_id][0] == use
+        assert (words is None) == (found[event.event_id][1] is None)
+        assert (words or "") in (found[event.event_id][1] or "")
+    assert found[written[2].event_id] == ("held_out", None)
 
 
 def _many(first: int, count: int) -> Slice:
