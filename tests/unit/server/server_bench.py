@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
+from limits.aio.storage import MemoryStorage
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -16,11 +17,13 @@ from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Choice, Completion
 from feedback.store import Store
+from registry.audit import AuditLog
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
+from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.routes_feedback import FeedbackRoutes
 from server.routes_operator import OperatorRoutes
@@ -101,6 +104,8 @@ class Bench:
     )
 
     def __post_init__(self) -> None:
+        # In memory: Redis' counters are tested with a real one.
+        limits = Limits(MemoryStorage(), self.settings, self.metrics)
         routers: list[APIRouter] = [
             StateRoutes(
                 queue=self.queue,
@@ -114,12 +119,14 @@ class Bench:
                 store=self.store,
                 rounds=self.rounds,
                 identity=self.identity,
+                limits=limits,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
             ).router(),
             OperatorRoutes(
                 registry=self.registry,
                 rounds=self.rounds,
+                audit=AuditLog(self.database),
                 wait_seconds=0.5,
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
@@ -130,7 +137,8 @@ class Bench:
             routers,
             settings=self.settings,
             identity=self.identity,
-            authenticator=Authenticator(Keys(self.database).verify, self.identity),
+            authenticator=Authenticator(Keys(self.database), self.identity),
+            limits=limits,
             obstacle=lambda: self.obstacle,
         )
 
@@ -141,9 +149,15 @@ class Bench:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
-    def completion(self, *, who: str = "client", choices: int = 1, stored: bool = True) -> str:
-        """Issue a completion id to `who` and store its record; returns the id."""
-        id_ = "chatcmpl-" + self.identity.new_request_id(self.key_ids[who])
+    def completion(
+        self, *, who: str = "client", choices: int = 1, stored: bool = True, counted: bool = True
+    ) -> str:
+        """Issue a completion id to `who` and store its record; returns the id.
+
+        Without `counted` the id does not say how many choices there are, as that of a response does not.
+        """
+        count = choices if counted else None
+        id_ = "chatcmpl-" + self.identity.new_request_id(self.key_ids[who], count)
         record = Completion(
             id=id_,
             parts=1,
