@@ -36,7 +36,11 @@ async def serve(config: Config) -> int:
     engine = installation.open_database(config)
     if installation.open_registry(config, engine).desired() is None:
         raise PartProblem("no version is to serve yet: `instructloop up` makes the first one, or promote one")
-    client = redis.asyncio.Redis.from_url(config.queue_url)
+    # A crowd waits for a connection instead of being refused one.
+    pool: redis.asyncio.ConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
+        config.queue_url, timeout=config.queue.timeout_seconds
+    )
+    client = redis.asyncio.Redis.from_pool(pool)
     try:
         await run(
             config.server,

@@ -42,7 +42,7 @@ class Limits:
                 ("rater", settings.rate_per_rater),
                 ("end_user", settings.rate_per_end_user),
             )
-            if text
+            if text != "none"
         }
         self._away_until = 0.0
 
