@@ -50,22 +50,28 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/v1/audit", _OPERATOR),
 )
 
-# Control characters are in no id, and a database may refuse to look for them.
-_PATTERNS = [
-    (method, re.compile(path.replace("{id}", r"[^/\x00-\x1f]+")), roles) for method, path, roles in ROUTES
-]
+
+def _by_path() -> list[tuple[re.Pattern[str], dict[str, frozenset[CallerRole]]]]:
+    """Each path's methods; paths in clear first, so that none of them is taken for an id."""
+    methods: dict[str, dict[str, frozenset[CallerRole]]] = {}
+    for method, path, roles in sorted(ROUTES, key=lambda route: "{" in route[1]):
+        methods.setdefault(path, {})[method] = roles
+    # Control characters are in no id, and a database may refuse to look for them.
+    return [(re.compile(path.replace("{id}", r"[^/\x00-\x1f]+")), found) for path, found in methods.items()]
+
+
+_PATHS = _by_path()
 
 
 def roles_of(method: str, path: str) -> frozenset[CallerRole]:
     """Who may call this route; empty means anybody. Raises Problem 404, or 405 for another method."""
-    matching = [(known, roles) for known, pattern, roles in _PATTERNS if pattern.fullmatch(path)]
-    if not matching:
+    methods = next((methods for pattern, methods in _PATHS if pattern.fullmatch(path)), None)
+    if methods is None:
         raise Problem(404, f"there is no {path}")
-    for known, roles in matching:
-        if known == method:
-            return roles
-    allow = ", ".join(known for known, _ in matching)
-    raise Problem(405, f"{path} takes {allow}", allow=allow)
+    if method not in methods:
+        allow = ", ".join(methods)
+        raise Problem(405, f"{path} takes {allow}", allow=allow)
+    return methods[method]
 
 
 class Key(Protocol):

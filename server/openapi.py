@@ -46,11 +46,7 @@ _SCHEMES = {
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what `responses=` of a route says of refusals, beyond those that every route may give."""
-    return {
-        status: {"model": ProblemAnswer, "description": _REASONS[status]}
-        | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
-        for status in statuses
-    }
+    return {status: _problem(status) for status in statuses}
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
@@ -83,6 +79,8 @@ def document(app: FastAPI) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     feedback = FEEDBACK.json_schema(ref_template="#/components/schemas/{model}")
     schemas |= feedback.pop("$defs") | {"Feedback": feedback}
+    problem = ProblemAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= problem.pop("$defs") | {"ProblemAnswer": problem}
     components["securitySchemes"] = _SCHEMES
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
@@ -98,16 +96,16 @@ def _guard(method: str, path: str, operation: dict[str, Any]) -> None:
     operation["x-roles"] = sorted(roles)
     operation["security"] = [{"key": []}, {"keyHeader": []}] if roles else []
     operation["security"] += [{"token": []}] if "token" in roles else []
-    statuses = (401, 403, 413, 422, 429, 503) if roles else (413,)
+    gate = {str(status): _problem(status) for status in ((401, 403, 413, 422, 429, 503) if roles else (413,))}
+    # FastAPI describes its own form of a 422, which nobody gets to see.
+    own = {status: answer for status, answer in operation["responses"].items() if status != "422"}
+    operation["responses"] = dict(sorted((gate | own).items()))
+
+
+def _problem(status: int) -> dict[str, Any]:
     schema = {"$ref": "#/components/schemas/ProblemAnswer"}
-    for status in statuses:
-        if str(status) in operation["responses"] and status != 422:
-            continue
-        operation["responses"][str(status)] = {
-            "description": _REASONS[status],
-            "content": {"application/json": {"schema": schema}},
-        } | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
-    operation["responses"] = dict(sorted(operation["responses"].items()))
+    answer = {"description": _REASONS[status], "content": {"application/json": {"schema": schema}}}
+    return answer | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
 
 
 def _body(media_type: str, schema: Mapping[str, Any], *, required: bool = True) -> dict[str, Any]:

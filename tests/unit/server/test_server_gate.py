@@ -54,6 +54,9 @@ async def test_another_method_is_405(bench: Bench) -> None:
     async with bench.http("client") as http:
         refused = await http.delete("/v1/feedback")
         assert (error(refused)[0], refused.headers["allow"]) == (405, "POST")
+        refused = await http.get("/v1/feedback/batch")
+        assert (error(refused)[0], refused.headers["allow"]) == (405, "POST")
+        assert (await http.put("/v1/completions/x")).headers["allow"] == "GET"
         assert error(await http.get("/v1/chat/completions"))[0] == 405
 
 
