@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test lint bench bench-rm bench-ppo bench-quality fuzz-store format defaults lock clean
+.PHONY: up test fuzz lint bench bench-rm bench-ppo bench-quality fuzz-store format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -28,6 +28,12 @@ test: lint
 	@$(RUN) pytest -v tests/integration
 	@echo '==> end-to-end tests: a real `instructloop up`'
 	@$(RUN) pytest -v tests/e2e
+
+# As in the integration tests, with more examples of each operation for each kind of caller.
+FUZZ_EXAMPLES ?= 300
+fuzz: .venv/.installed
+	@echo '==> schemathesis on our OpenAPI document, $(FUZZ_EXAMPLES) examples of each operation'
+	@INSTRUCTLOOP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) pytest -v tests/integration/test_server_fuzz.py
 
 # Figures, not tests: about three quarters of an hour on two cores, a quarter with SETS=hh.
 SETS ?= hh qa llmbar hhh curve

@@ -169,5 +169,9 @@ keys = sa.Table(
     sa.Column("secret_sha256", sa.String(64), nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("revoked_at", sa.Double),
+    sa.Column("rotated_at", sa.Double),
+    # The secret before the last rotation, which opens until then.
+    sa.Column("old_secret_sha256", sa.String(64)),
+    sa.Column("old_secret_until", sa.Double),
     sa.CheckConstraint("role IN ('client', 'rater', 'operator')", name="role"),
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import dead_letters, lineage, rounds
+from instructloop import access, dead_letters, lineage, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -27,6 +27,8 @@ _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
     ("feedback.dead_letters", "StillBroken"),
     ("feedback.dead_letters", "UnknownLetter"),
+    ("feedback.keys", "RevokedKey"),
+    ("feedback.keys", "UnknownKey"),
     ("feedback.queue", "QueueUnavailable"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),
@@ -131,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         add("dead-letters", dead_letters.listing, "list, fix, replay and drop what could not be stored")
     )
     _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
-    _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))
+    access.add_keys_to(add("keys", access.listing, "make, list, rotate and revoke API keys"), seconds)
+    access.add_audit_to(add("audit", access.audit, "list what operators did, newest first"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")
@@ -190,18 +193,6 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("algorithm-comparison"), help="directory of the report"
     )
-
-
-def _add_keys(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    create = actions.add_parser("create", help="make a key and print its secret once")
-    create.add_argument("--role", choices=["client", "rater", "operator"], required=True)
-    create.add_argument("--name", default="", help="whose it is")
-    create.set_defaults(command=_keys_create)
-    actions.add_parser("list", help="list keys, without their secrets").set_defaults(command=_keys_list)
-    revoke = actions.add_parser("revoke", help="end a key at once")
-    revoke.add_argument("id")
-    revoke.set_defaults(command=_keys_revoke)
 
 
 def _add_feedback(parser: argparse.ArgumentParser) -> None:
@@ -284,22 +275,34 @@ def _versions(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    registry = _registry(_config(arguments))
-    registry.promote(arguments.version, actor="command line", reason=arguments.reason)
+    _move(arguments, "promote", arguments.version)
     print(f"{arguments.version} is to serve: running replicas load it now")
     return 0
 
 
 def _reject(arguments: argparse.Namespace) -> int:
-    _registry(_config(arguments)).reject(arguments.version, actor="command line", reason=arguments.reason)
+    _move(arguments, "reject", arguments.version)
     print(f"{arguments.version} is rejected and will not serve")
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    name = _registry(_config(arguments)).rollback(actor="command line", reason=arguments.reason)
+    name = _move(arguments, "rollback")
     print(f"{name} is to serve again: running replicas load it now")
     return 0
+
+
+def _move(arguments: argparse.Namespace, action: str, *version: str) -> str | None:
+    """Let the registry make a move; what it refuses stands in the audit log too."""
+    from instructloop import installation
+    from registry.audit import AuditLog
+
+    config, who = _config(arguments), access.actor()
+    engine = installation.open_database(config)
+    move = getattr(installation.open_registry(config, engine), action)
+    with AuditLog(engine).refusals(who, action, *version):
+        name: str | None = move(*version, actor=who, reason=arguments.reason)
+    return name
 
 
 def _rounds_repeat(arguments: argparse.Namespace) -> int:
@@ -314,36 +317,6 @@ def _rounds_repeat(arguments: argparse.Namespace) -> int:
     _log_to_stderr()
     _exit_on_terminate()
     return parts.repeat_round(_config(arguments), arguments.n, overrides)
-
-
-def _keys_create(arguments: argparse.Namespace) -> int:
-    from feedback.keys import Keys
-    from instructloop import installation
-
-    key = Keys(installation.open_database(_config(arguments))).create(arguments.role, arguments.name)
-    print(key.secret)
-    print(f"key {key.id} ({arguments.role}): the secret above is shown only now", file=sys.stderr)
-    return 0
-
-
-def _keys_list(arguments: argparse.Namespace) -> int:
-    from feedback.keys import Keys
-    from instructloop import installation, listings
-
-    listings.show(listings.keys(Keys(installation.open_database(_config(arguments)))))
-    return 0
-
-
-def _keys_revoke(arguments: argparse.Namespace) -> int:
-    from feedback.keys import Keys, UnknownKey
-    from instructloop import installation
-
-    try:
-        Keys(installation.open_database(_config(arguments))).revoke(arguments.id)
-    except UnknownKey:
-        raise CommandProblem(f"no key has the id {arguments.id!r}: see `instructloop keys list`") from None
-    print(f"key {arguments.id} is revoked")
-    return 0
 
 
 def _feedback_import(arguments: argparse.Namespace) -> int:

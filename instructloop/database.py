@@ -28,12 +28,15 @@ def connect(url: str) -> Engine:
 
     Raises UnsupportedDatabase. A SQLite database must be a file, since several processes share it.
     """
+    # Statements are logged without what they carry: feedback and prompts.
     parsed = make_url(url)
     match parsed.get_backend_name():
         case "sqlite":
             return _sqlite(parsed)
         case "postgresql":
-            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+            return sa.create_engine(
+                parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True
+            )
     raise UnsupportedDatabase(f"{parsed.get_backend_name()!r}: the database is sqlite:///… or postgresql://…")
 
 
@@ -51,7 +54,7 @@ def migrate(engine: Engine) -> None:
 def _sqlite(url: URL) -> Engine:
     if not url.database or url.database == ":memory:":
         raise UnsupportedDatabase("sqlite: name a file, sqlite:///path; several processes share it")
-    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instructloop import database, model
+from instructloop import access, database, model
 from instructloop.config import Config
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class FirstKeys:
 
 def ensure_keys(engine: "sqlalchemy.Engine") -> FirstKeys | None:
     """Make an operator's and a client's key if this installation never had an operator, else return None."""
-    from feedback.keys import Keys
-
-    keys = Keys(engine)
+    keys = access.keys_as(engine, "setup")
     if any(key.role == "operator" for key in keys.list()):
         return None
     # The operator last: a start that is cut short between the two makes both again, and shows both.

@@ -1,4 +1,4 @@
-"""What the command line lists: versions, rounds and keys as rows of text, a header first."""
+"""What the command line lists: versions, rounds, keys and actions as rows of text, a header first."""
 
 import json
 import time
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feedback.keys import Keys
+    from registry.audit import AuditEntry
     from registry.registry import Registry
     from registry.round_record import Difference, RoundRecord
     from registry.rounds import Rounds
@@ -97,9 +98,20 @@ def differences(found: "Sequence[Difference]", old: str, new: str) -> Rows:
 
 def keys(keys: "Keys") -> Rows:
     """Every key without its secret."""
-    rows: Rows = [("ID", "ROLE", "NAME", "MADE", "REVOKED")]
+    rows: Rows = [("ID", "ROLE", "NAME", "MADE", "ROTATED", "OLD SECRET UNTIL", "REVOKED")]
     for key in keys.list():
-        rows.append((key.id, key.role, key.name, _when(key.created_at), _when(key.revoked_at)))
+        times = (key.created_at, key.rotated_at, key.old_secret_until, key.revoked_at)
+        rows.append((key.id, key.role, key.name, *map(_when, times)))
+    return rows
+
+
+def audit(entries: "Sequence[AuditEntry]") -> Rows:
+    """List who did what, with what came of it."""
+    rows: Rows = [("WHEN", "WHO", "ACTION", "ON", "OUTCOME", "DETAIL")]
+    for entry in entries:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
+        target, detail = entry.target or "-", _cut(entry.detail or "-")
+        rows.append((when, entry.actor, entry.action, target, entry.outcome, detail))
     return rows
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructloop import installation
+from instructloop import access, installation
 from instructloop.config import Config
 
 if TYPE_CHECKING:
@@ -31,16 +31,22 @@ async def serve(config: Config) -> int:
 
     from feedback.queue import FeedbackQueue
     from server.app import serve as run
+    from server.limits import redis_counters
 
     engine = installation.open_database(config)
     if installation.open_registry(config, engine).desired() is None:
         raise PartProblem("no version is to serve yet: `instructloop up` makes the first one, or promote one")
-    client = redis.asyncio.Redis.from_url(config.queue_url)
+    # A crowd waits for a connection instead of being refused one.
+    pool: redis.asyncio.ConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
+        config.queue_url, timeout=config.queue.timeout_seconds
+    )
+    client = redis.asyncio.Redis.from_pool(pool)
     try:
         await run(
             config.server,
             config.rollout,
             queue=FeedbackQueue(client, config.queue),
+            counters=redis_counters(client, f"{config.queue.stream}:limit"),
             database=engine,
             versions=config.versions_dir,
             secret=installation.ensure_secret(config.data_dir),
@@ -89,12 +95,14 @@ def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
 
 def train_once(config: Config, minimum_events: int) -> int:
     """Run one round; exit code 0 also when there was nothing to learn from, 1 when it failed."""
+    from registry.audit import AuditLog
     from training import processes
 
     trainer = _trainer(config)
     if not processes.is_first():
         trainer.follow()
         return 0
+    AuditLog(installation.open_database(config)).append(access.actor(), "start_round")
     round_ = trainer.run_once(minimum_events=minimum_events)
     if round_ is None:
         print("no round: there is not enough new feedback")
@@ -105,11 +113,16 @@ def train_once(config: Config, minimum_events: int) -> int:
 
 def repeat_round(config: Config, number: int, overrides: Mapping[str, Any]) -> int:
     """Repeat a round and say whether it gave the same weights; exit code 1 when it failed."""
+    from registry.audit import AuditLog
     from registry.round_record import read_record, same_weights
     from registry.rounds import Rounds
 
-    repeat = _trainer(config).repeat(number, overrides)
     engine = installation.open_database(config)
+    log, who, target = AuditLog(engine), access.actor(), f"round {number}"
+    with log.refusals(who, "repeat_round", target):
+        repeat = _trainer(config).repeat(number, overrides)
+    detail = " ".join(f"{key}={value}" for key, value in overrides.items())
+    log.append(who, "repeat_round", target, detail=f"round {repeat.id} {detail}".rstrip())
     registry, rounds = installation.open_registry(config, engine), Rounds(engine)
     print(
         f"round {repeat.id} is {repeat.state}"
@@ -173,24 +186,27 @@ async def import_feedback(config: Config, file: Path, source: str) -> int:
 
     from feedback.queue import FeedbackQueue
     from feedback.transfer import import_preferences
+    from registry.audit import AuditLog
 
+    log = AuditLog(installation.open_database(config))
     client = redis.asyncio.Redis.from_url(config.queue_url)
     try:
-        counts = await import_preferences(
-            FeedbackQueue(client, config.queue), file, source, progress=_progress("comparisons queued")
-        )
+        with log.refusals(access.actor(), "import_feedback", source):
+            counts = await import_preferences(
+                FeedbackQueue(client, config.queue), file, source, progress=_progress("comparisons queued")
+            )
     finally:
         await client.aclose()
+    log.append(access.actor(), "import_feedback", source, detail=f"{file.name}: {counts}")
     print(counts)
     return 0
 
 
 def demo(config: Config, seed: int, output: Path) -> int:
     """Run the demo against the server of this configuration, with keys made for it and revoked after it."""
-    from feedback.keys import Keys
     from instructloop.demo import run_demo
 
-    keys = Keys(installation.open_database(config))
+    keys = access.keys_as(installation.open_database(config), f"demo on the {access.actor()}")
     client, operator = keys.create("client", "demo"), keys.create("operator", "demo")
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.server.host, config.server.host)
     try:

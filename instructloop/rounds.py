@@ -110,10 +110,13 @@ def _unpin(arguments: argparse.Namespace) -> int:
 
 
 def _set_pinned(arguments: argparse.Namespace, pinned: bool) -> int:
-    from instructloop import installation
+    from instructloop import access, installation
+    from registry.audit import AuditLog
     from registry.rounds import Rounds
 
-    Rounds(installation.open_database(_config(arguments))).pin(arguments.n, pinned)
+    engine, who = installation.open_database(_config(arguments)), access.actor()
+    with AuditLog(engine).refusals(who, "pin_round" if pinned else "unpin_round", f"round {arguments.n}"):
+        Rounds(engine).pin(arguments.n, pinned, who)
     print(f"round {arguments.n} is {'pinned' if pinned else 'pinned no more'}")
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from registry import audit
 from registry.tables import ROUND_EVENTS, ROUND_METRICS, ROUND_STAGES, ROUNDS
 
 RoundState = Literal["requested", "running", "done", "failed"]
@@ -125,17 +126,18 @@ class Rounds:
         try:
             with self._engine.begin() as connection:
                 waiting = self._only(connection, "requested")
-                if waiting is not None:
-                    return waiting.id
                 row = {"state": "requested", "config": {}, "requested_by": actor, "requested_at": time.time()}
-                return self._insert(connection, row)
+                id = self._insert(connection, row) if waiting is None else waiting.id
+                audit.write(connection, actor, "request_round", f"round {id}")
+                return id
         except sa.exc.IntegrityError:
             # Another request came in between; its row is committed now.
-            with self._reader.connect() as connection:
+            with self._engine.begin() as connection:
                 waiting = self._only(connection, "requested")
-            if waiting is None:
-                raise
-            return waiting.id
+                if waiting is None:
+                    raise
+                audit.write(connection, actor, "request_round", f"round {waiting.id}")
+                return waiting.id
 
     def requested(self) -> Round | None:
         """Return the request that waits, if any."""
@@ -211,11 +213,12 @@ class Rounds:
         with self._reader.connect() as connection:
             return [Stage(**row._mapping) for row in connection.execute(query)]
 
-    def pin(self, round_id: int, pinned: bool = True) -> None:
+    def pin(self, round_id: int, pinned: bool = True, actor: str = "command line") -> None:
         """Keep the round's files and version, or with `pinned` false no longer; raises UnknownRound."""
         with self._engine.begin() as connection:
             self._get(connection, round_id)
             connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == round_id).values(pinned=pinned))
+            audit.write(connection, actor, "pin_round" if pinned else "unpin_round", f"round {round_id}")
 
     def pinned(self) -> Sequence[Round]:
         """All pinned rounds, oldest first."""

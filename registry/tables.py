@@ -1,7 +1,7 @@
-"""The registry's tables: the version log, the replicas' reports, the rounds with their stages and metrics.
+"""The registry's tables: the version log, the audit log, the replicas' reports, the rounds and their figures.
 
-Owns the columns only. Rows are written by `registry.registry` and `registry.rounds`; migrations create the
-tables from `METADATA`. What a version is made of stands on disk, beside its weights, not here.
+Owns the columns only. Rows are written by `registry.registry`, `registry.audit` and `registry.rounds`,
+the tables by migrations. What a version is made of stands on disk, beside its weights, not here.
 """
 
 import sqlalchemy as sa
@@ -27,6 +27,21 @@ VERSION_LOG = sa.Table(
     sa.Column("action", sa.String(40), nullable=False),
     sa.Column("version", sa.String(100), nullable=False),
     sa.Column("reason", sa.Text, nullable=False, default=""),
+)
+
+# What operators did beyond the version log, and what they were refused. Triggers keep it
+# append-only; the migration makes them.
+AUDIT_LOG = sa.Table(
+    "audit_log",
+    METADATA,
+    sa.Column("sequence", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False, index=True),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("action", sa.String(40), nullable=False),
+    sa.Column("target", sa.String(200), nullable=False),
+    sa.Column("outcome", sa.String(20), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.CheckConstraint("outcome IN ('done', 'refused', 'failed')", name="outcome"),
 )
 
 REPLICAS = sa.Table(

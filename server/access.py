@@ -4,11 +4,7 @@ vLLM brings more routes than these, some of them unguarded by its own key; none 
 stands in `ROUTES`.
 """
 
-import hashlib
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import anyio.to_thread
@@ -21,12 +17,14 @@ from server.identity import Identity
 _CLIENT: frozenset[CallerRole] = frozenset({"client"})
 _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
+_KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
 
 ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/health", _OPEN),
     ("GET", "/ready", _OPEN),
     ("GET", "/metrics", _OPERATOR),
+    ("GET", "/v1/openapi.json", _KEYS),
     ("GET", "/v1/models", _CLIENT),
     ("POST", "/v1/chat/completions", _CLIENT),
     ("POST", "/v1/completions", _CLIENT),
@@ -56,20 +54,31 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/dead-letters/{id}/fix", _OPERATOR),
     ("POST", "/v1/dead-letters/{id}/replay", _OPERATOR),
     ("POST", "/v1/dead-letters/{id}/drop", _OPERATOR),
+    ("GET", "/v1/audit", _OPERATOR),
 )
 
-_PATTERNS = [(method, re.compile(re.sub(r"\{id\}", "[^/]+", path)), roles) for method, path, roles in ROUTES]
+
+def _by_path() -> list[tuple[re.Pattern[str], dict[str, frozenset[CallerRole]]]]:
+    """Each path's methods; paths in clear first, so that none of them is taken for an id."""
+    methods: dict[str, dict[str, frozenset[CallerRole]]] = {}
+    for method, path, roles in sorted(ROUTES, key=lambda route: "{" in route[1]):
+        methods.setdefault(path, {})[method] = roles
+    # Control characters are in no id, and a database may refuse to look for them.
+    return [(re.compile(path.replace("{id}", r"[^/\x00-\x1f]+")), found) for path, found in methods.items()]
+
+
+_PATHS = _by_path()
 
 
 def roles_of(method: str, path: str) -> frozenset[CallerRole]:
     """Who may call this route; empty means anybody. Raises Problem 404, or 405 for another method."""
-    matching = [(known, roles) for known, pattern, roles in _PATTERNS if pattern.fullmatch(path)]
-    if not matching:
+    methods = next((methods for pattern, methods in _PATHS if pattern.fullmatch(path)), None)
+    if methods is None:
         raise Problem(404, f"there is no {path}")
-    for known, roles in matching:
-        if known == method:
-            return roles
-    raise Problem(405, f"{path} takes {', '.join(known for known, _ in matching)}")
+    if method not in methods:
+        allow = ", ".join(methods)
+        raise Problem(405, f"{path} takes {allow}", allow=allow)
+    return methods[method]
 
 
 class Key(Protocol):
@@ -83,26 +92,26 @@ class Key(Protocol):
     def name(self) -> str: ...  # noqa: D102
 
 
-@dataclass(slots=True)
-class _Remembered:
-    caller: Caller
-    until: float
+class KeyBook(Protocol):
+    """Where keys are looked up: `feedback.keys.Keys`. Both may block, on the database."""
+
+    def verify(self, secret: str) -> Key | None:
+        """Return the key that this secret opens now."""
+
+    def find(self, id: str) -> Key | None:
+        """Return the key with this id unless it is revoked."""
 
 
 class Authenticator:
     """Turns credentials into a Caller: `Authorization: Bearer`, `x-api-key`, or `X-Feedback-Token`.
 
-    `verify` may block (it reads the database) and runs in a thread. A key that was good is remembered for
-    two seconds, so a revoked one works at most that much longer.
+    Every request asks the key book, in a thread: a key that is revoked or rotated anywhere is so here with
+    the next request, whatever else is away. A feedback token is good as long as the key that it speaks for.
     """
 
-    REMEMBER_SECONDS = 2.0
-    REMEMBER_KEYS = 1024
-
-    def __init__(self, verify: Callable[[str], Key | None], identity: Identity) -> None:
-        self._verify = verify
+    def __init__(self, keys: KeyBook, identity: Identity) -> None:
+        self._keys = keys
         self._identity = identity
-        self._remembered: dict[bytes, _Remembered] = {}
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Problem 401."""
@@ -112,28 +121,20 @@ class Authenticator:
             return await self._by_key(secret)
         token = headers.get("x-feedback-token")
         if token:
-            return self._by_token(token)
+            return await self._by_token(token)
         raise Problem(401, "an API key (Authorization: Bearer …) or a feedback token is needed")
 
     async def _by_key(self, secret: str) -> Caller:
-        now = time.monotonic()
-        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
-        known = self._remembered.get(digest)
-        if known is not None and known.until > now:
-            return known.caller
-        self._remembered.pop(digest, None)
-        key = await anyio.to_thread.run_sync(self._verify, secret)
+        key = await anyio.to_thread.run_sync(self._keys.verify, secret)
         if key is None:
             raise Problem(401, "unknown or revoked API key")
-        caller = Caller(key.role, key.id, key.name)
-        if len(self._remembered) >= self.REMEMBER_KEYS:
-            self._remembered.clear()
-        self._remembered[digest] = _Remembered(caller, now + self.REMEMBER_SECONDS)
-        return caller
+        return Caller(key.role, key.id, key.name)
 
-    def _by_token(self, token: str) -> Caller:
+    async def _by_token(self, token: str) -> Caller:
         claims = self._identity.read_token(token)
         key_id = self._identity.owner(claims.completion_id) if claims is not None else None
         if claims is None or key_id is None:
             raise Problem(401, "unknown or expired feedback token")
+        if await anyio.to_thread.run_sync(self._keys.find, key_id) is None:
+            raise Problem(401, "the key that this feedback token speaks for is revoked")
         return Caller("token", key_id, "feedback token", claims.completion_id, claims.user)

@@ -16,27 +16,30 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from limits.aio.storage import Storage
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import OperationalError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
 from feedback.store import Store
+from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import BrokenVersion, Registry, Replica, Version
 from registry.rounds import Rounds
 from registry.settings import RolloutSettings
 from server.access import Authenticator
-from server.errors import Problem, invalid_field
+from server.errors import DATABASE_AWAY, Problem, invalid_field
 from server.identity import Identity
+from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.middleware import Gate
+from server.openapi import document
 from server.recorder import Recorder
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -62,6 +65,7 @@ async def serve(
     rollout: RolloutSettings,
     *,
     queue: FeedbackQueue,
+    counters: Storage,
     database: Database,
     versions: Path,
     secret: bytes,
@@ -71,7 +75,7 @@ async def serve(
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
-    `round_report` makes the HTML page about a round, for operators; `waiting_hours` are the store's.
+    `counters` hold what `server.limits` counts; `round_report` makes the page about a round, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -101,6 +105,7 @@ async def serve(
         ids = Identity(secret, token_hours=settings.token_hours)
         store, rounds = Store(database), Rounds(database)
         dead_letters, lineage = DeadLetters(database, waiting_hours), Lineage(database)
+        limits = Limits(counters, settings, metrics)
         routers = [
             StateRoutes(
                 queue=queue,
@@ -115,12 +120,14 @@ async def serve(
                 dead_letters=dead_letters,
                 lineage=lineage,
                 identity=ids,
+                limits=limits,
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
             ).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,
+                audit=AuditLog(database),
                 wait_seconds=rollout.wait_seconds,
                 round_report=round_report,
             ).router(),
@@ -132,7 +139,8 @@ async def serve(
             routers,
             settings=settings,
             identity=ids,
-            authenticator=Authenticator(Keys(database).verify, ids),
+            authenticator=Authenticator(Keys(database), ids),
+            limits=limits,
             obstacle=swapper.obstacle,
         )
         async with engine.lifespan():
@@ -176,20 +184,26 @@ def assemble(
     settings: ServerSettings,
     identity: Identity,
     authenticator: Authenticator,
+    limits: Limits,
     obstacle: Callable[[], str | None],
 ) -> ASGIApp:
     """Our routes, behind them the engine's app, in front of both the gate, and CORS where it is wanted."""
     inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     for router in routers:
         inner.include_router(router)
+    described = document(inner)
+    inner.add_api_route("/v1/openapi.json", lambda: JSONResponse(described))
     inner.mount("/", engine_app)
     inner.add_exception_handler(Problem, _problem)
     inner.add_exception_handler(RequestValidationError, _invalid)
-    inner.add_exception_handler(OperationalError, _database_away)
+    for away in DATABASE_AWAY:
+        inner.add_exception_handler(away, _database_away)
+    inner.add_exception_handler(Exception, _internal)
     app: ASGIApp = Gate(
         inner,
         authenticator=authenticator,
         identity=identity,
+        limits=limits,
         max_body_bytes=settings.max_body_bytes,
         obstacle=obstacle,
     )
@@ -274,3 +288,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _database_away(request: Request, error: Exception) -> Response:
     logger.error("the database is away: %s", error)
     return Problem(503, "the database is away", retry_after=5).response()
+
+
+async def _internal(request: Request, error: Exception) -> Response:
+    # Starlette raises it again behind this answer, so it stands in the log.
+    return Problem(500, "something went wrong in this server; its log says what").response()

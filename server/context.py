@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 CallerRole = Literal["client", "rater", "operator", "token"]
 
 ENDPOINTS: Mapping[str, str] = {
@@ -73,6 +75,10 @@ class Generation:
 CALLER: ContextVar[Caller] = ContextVar("caller")
 GENERATION: ContextVar[Generation | None] = ContextVar("generation", default=None)
 
+_INTEGER = TypeAdapter(int)
+# More than vLLM ever takes.
+_LARGEST_N = 100_000
+
 
 def generation_of(path: str, completion_id: str, key_id: str, body: Mapping[str, Any]) -> Generation:
     """Read from a request body what a record of it should carry; odd bodies are vLLM's to refuse."""
@@ -86,6 +92,25 @@ def generation_of(path: str, completion_id: str, key_id: str, body: Mapping[str,
         case _:
             messages = _messages(body.get("system"), body.get("messages"))
     return Generation(completion_id, path, key_id, _user(body), messages, prompts)
+
+
+def choice_count(path: str, body: Mapping[str, Any]) -> int | None:
+    """How many choices the answer has; None where tool turns decide it, or vLLM will refuse the body."""
+    match path:
+        case "/v1/messages":
+            return 1
+        case "/v1/completions" if body.get("prompt_embeds") is None:
+            prompts = len(_prompts(body.get("prompt")))
+        case "/v1/chat/completions":
+            prompts = 1
+        case _:
+            return None
+    try:
+        # As vLLM reads it: "2" and 2.0 are 2.
+        n = 1 if body.get("n") is None else _INTEGER.validate_python(body["n"])
+    except ValidationError:
+        return None
+    return n * prompts if 1 <= n <= _LARGEST_N else None
 
 
 def _user(body: Mapping[str, Any]) -> str | None:

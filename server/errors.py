@@ -1,11 +1,14 @@
 """The one shape of an error: `{"error": {"type", "message", "param"}}`, from routes and middleware alike."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic_core import from_json
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.responses import JSONResponse
+
+DATABASE_AWAY = (OperationalError, InterfaceError, NoConnection)
+"""What SQLAlchemy raises when the database does not answer."""
 
 _TYPES = {
     400: "bad_request",
@@ -33,12 +36,14 @@ class Problem(Exception):  # noqa: N818
         *,
         param: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object that the client sees."""
@@ -46,9 +51,13 @@ class Problem(Exception):  # noqa: N818
         return {"error": {"type": kind, "message": self.message, "param": self.param}}
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After`, in seconds, where trying again may help; how to authenticate where that lacks."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        """`Retry-After`, in seconds, where trying again may help; what the server wants or takes instead."""
+        headers = {
+            "Retry-After": None if self.retry_after is None else str(self.retry_after),
+            "WWW-Authenticate": "Bearer" if self.status == 401 else None,
+            "Allow": self.allow,
+        }
+        return {name: value for name, value in headers.items() if value is not None}
 
     def response(self) -> JSONResponse:
         """Return the whole answer."""
@@ -64,16 +73,3 @@ def invalid_field(error: Mapping[str, Any], *, skip: int = 0) -> Problem:
         field, message = message.split(": ", 1)
         location = [field]
     return Problem(422, message, param=".".join(location) or None)
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Read a JSON object from a request body, as strictly as ingest will. Raises Problem 422."""
-    try:
-        # Python's own reader takes NaN, and halves of surrogate pairs that no text may hold.
-        value = from_json(raw, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is infinity, too
-    except ValueError as error:
-        raise Problem(422, f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise Problem(422, "a JSON object is expected")
-    return value

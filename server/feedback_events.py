@@ -1,6 +1,6 @@
 """Turns what a caller says into an Event, or refuses it: who may say what about which completion.
 
-Pure but for looking a completion up through `Lookup`; queueing and HTTP are `server.routes_feedback`'s.
+Pure, but for looking a completion up through `Lookup`; queueing and HTTP are `server.routes_feedback`'s.
 """
 
 import time
@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feedback.events import FEEDBACK, Event, Feedback, Ranking, references
+from feedback.events import FEEDBACK, ChoiceRef, Event, Feedback, Ranking, references
 from feedback.records import Completion
 from server.context import Caller
 from server.errors import Problem, invalid_field
-from server.identity import Identity, TokenClaims, rater_of_key, rater_of_token
+from server.identity import Identity, Issued, TokenClaims, rater_of_key, rater_of_token
 
 Lookup = Callable[[str], list[Completion]]
 """Gives the stored parts of a completion, [] while there are none; it may block."""
@@ -24,7 +24,6 @@ def event_from(
     fields: Mapping[str, Any],
     caller: Caller,
     identity: Identity,
-    lookup: Lookup,
     *,
     event_id: str | None = None,
 ) -> Event:
@@ -38,7 +37,7 @@ def event_from(
         raise invalid_field(first, skip=1) from None
     if feedback.rater is not None and caller.role != "client":
         raise Problem(422, "only a client's key may name a rater", param="rater")
-    _check_references(feedback, caller, identity, lookup)
+    _check_references(feedback, caller, identity)
     event = Event(
         event_id=event_id or new_event_id(),
         key_id=caller.key_id,
@@ -63,15 +62,18 @@ def rater_of(caller: Caller, named: str | None = None) -> str:
     return rater_of_key(caller.key_id, named)
 
 
-def check_owner(completion_id: str, caller: Caller, identity: Identity, *, param: str | None = None) -> None:
-    """Raise Problem 404 for an id that was never issued, 403 for one that this caller may not speak of."""
-    owner = identity.owner(completion_id)
-    if owner is None:
+def check_owner(
+    completion_id: str, caller: Caller, identity: Identity, *, param: str | None = None
+) -> Issued:
+    """Return what the id says. Raises Problem 404 if it was never issued, 403 if not to this caller."""
+    issued = identity.issued(completion_id)
+    if issued is None:
         raise Problem(404, f"no such completion: {completion_id}", param=param)
-    if caller.role == "client" and owner != caller.key_id:
+    if caller.role == "client" and issued.key_id != caller.key_id:
         raise Problem(403, "this completion was given to another client", param=param)
     if caller.role == "token" and completion_id != caller.completion_id:
         raise Problem(403, "this feedback token is for another completion", param=param)
+    return issued
 
 
 def _check_readable(event: Event) -> None:
@@ -83,21 +85,35 @@ def _check_readable(event: Event) -> None:
         raise Problem(422, f"it can't be read again: {error}", param="context") from None
 
 
-def _check_references(feedback: Feedback, caller: Caller, identity: Identity, lookup: Lookup) -> None:
-    found = references(feedback)
-    if not found and caller.role == "token":
-        raise Problem(403, "a feedback token is for its completion only", param="completion_id")
-    paths = _paths(feedback)
+def open_references(feedback: Feedback, identity: Identity) -> bool:
+    """Whether it speaks of a completion whose id does not say how many choices it has."""
+    issued = [identity.issued(ref.completion_id) for ref in references(feedback)]
+    return any(found is not None and found.choices is None for found in issued)
+
+
+def check_recorded(feedback: Feedback, lookup: Lookup) -> None:
+    """Raise Problem 422 for a choice that is not in the records, where these are complete."""
     stored: dict[str, list[Completion]] = {}
-    for ref, path in zip(found, paths, strict=True):
-        check_owner(ref.completion_id, caller, identity, param=f"{path}completion_id")
+    for ref, path in _located(feedback):
         if ref.completion_id not in stored:
             stored[ref.completion_id] = lookup(ref.completion_id)
         parts = stored[ref.completion_id]
-        if not _complete(parts):
-            continue
-        if all(choice.index != ref.choice for part in parts for choice in part.choices):
-            raise Problem(422, f"{ref.completion_id} has no choice {ref.choice}", param=f"{path}choice")
+        if _complete(parts) and all(choice.index != ref.choice for part in parts for choice in part.choices):
+            raise _no_such_choice(ref, path)
+
+
+def _check_references(feedback: Feedback, caller: Caller, identity: Identity) -> None:
+    found = _located(feedback)
+    if not found and caller.role == "token":
+        raise Problem(403, "a feedback token is for its completion only", param="completion_id")
+    for ref, path in found:
+        issued = check_owner(ref.completion_id, caller, identity, param=f"{path}completion_id")
+        if issued.choices is not None and ref.choice >= issued.choices:
+            raise _no_such_choice(ref, path)
+
+
+def _no_such_choice(ref: ChoiceRef, path: str) -> Problem:
+    return Problem(422, f"{ref.completion_id} has no choice {ref.choice}", param=f"{path}choice")
 
 
 def _complete(parts: list[Completion]) -> bool:
@@ -105,8 +121,12 @@ def _complete(parts: list[Completion]) -> bool:
     return bool(parts) and len(parts) >= (parts[0].parts or 1)
 
 
-def _paths(feedback: Feedback) -> list[str]:
-    """Where each reference stands in the event, as errors name it: `groups.0.1.` or nothing."""
+def _located(feedback: Feedback) -> list[tuple[ChoiceRef, str]]:
+    """Each reference with where it stands in the event, as errors name it: `groups.0.1.` or nothing."""
     if isinstance(feedback, Ranking):
-        return [f"groups.{i}.{j}." for i, group in enumerate(feedback.groups) for j in range(len(group))]
-    return [""] * len(references(feedback))
+        return [
+            (ref, f"groups.{i}.{j}.")
+            for i, group in enumerate(feedback.groups)
+            for j, ref in enumerate(group)
+        ]
+    return [(ref, "") for ref in references(feedback)]

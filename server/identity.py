@@ -1,8 +1,8 @@
 """Names that can't be forged: completion ids, feedback tokens and rater identities.
 
-A completion id carries the key it was issued to and a MAC, so every replica can tell from the id alone
-that it was issued, and to whom, before the record of the completion has arrived anywhere. Keys themselves
-are `feedback.keys`' business.
+A completion id carries the key it was issued to, how many choices were asked for, and a MAC, so every replica
+can tell from the id alone that it was issued, to whom, and which choices it has, before the record of the
+completion has arrived anywhere. Keys themselves are `feedback.keys`' business.
 """
 
 import hashlib
@@ -19,8 +19,19 @@ _SALT = "instructloop.feedback-token"
 
 
 @dataclass(frozen=True, slots=True)
+class Issued:
+    """What a completion id says: the key it was issued to, and its choices' number (None: not known then)."""
+
+    key_id: str
+    choices: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenClaims:
-    """What a feedback token is good for: one completion, for one end user if the client named one."""
+    """What a feedback token is good for: one completion, for one end user if the client named one.
+
+    The completion's id binds the number of its choices too.
+    """
 
     completion_id: str
     user: str | None
@@ -38,20 +49,31 @@ class Identity:
         )
         self._token_seconds = token_hours * 3600
 
-    def new_request_id(self, key_id: str) -> str:
-        """`<key_id>-<16 hex>-<12 hex MAC>`; a completion id is an endpoint's prefix and this."""
-        nonce = secrets.token_hex(8)
+    def new_request_id(self, key_id: str, choices: int | None = None) -> str:
+        """`<key_id>-<choices>x<16 hex>-<12 hex MAC>`, without `<choices>x` where their number is not known.
+
+        A completion id is an endpoint's prefix and this.
+        """
+        nonce = secrets.token_hex(8) if choices is None else f"{choices}x{secrets.token_hex(8)}"
         return f"{key_id}-{nonce}-{self._mac(key_id, nonce)}"
 
-    def owner(self, completion_id: str) -> str | None:
-        """Return the key id that a completion id was issued to; None if this server never issued it."""
+    def issued(self, completion_id: str) -> Issued | None:
+        """Return what a completion id says; None if this server never issued it."""
         prefix = next((prefix for prefix in PREFIXES if completion_id.startswith(prefix)), None)
         parts = completion_id.removeprefix(prefix or "").rsplit("-", 2)
         if prefix is None or len(parts) != 3:
             return None
         key_id, nonce, mac = parts
         expected = self._mac(key_id, nonce)
-        return key_id if hmac.compare_digest(expected.encode(), mac.encode()) else None
+        if not hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")):
+            return None
+        choices, counted, _ = nonce.partition("x")
+        return Issued(key_id, int(choices) if counted else None)
+
+    def owner(self, completion_id: str) -> str | None:
+        """Return the key id that a completion id was issued to; None if this server never issued it."""
+        found = self.issued(completion_id)
+        return None if found is None else found.key_id
 
     def new_token(self, claims: TokenClaims) -> str:
         """Make a token for an end user's browser: feedback on this one completion, until it expires."""
@@ -66,7 +88,7 @@ class Identity:
         return TokenClaims(completion_id, user)
 
     def _mac(self, key_id: str, nonce: str) -> str:
-        message = f"{key_id}\0{nonce}".encode()
+        message = f"{key_id}\0{nonce}".encode("utf-8", "surrogatepass")
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:12]
 
 

@@ -26,6 +26,9 @@ class ServerMetrics:
         self.refused = Counter(
             "instructloop_feedback_refused", "Events refused, by HTTP status", ["status"], registry=registry
         )
+        self.limited = Counter(
+            "instructloop_requests_limited", "Requests over a rate limit", ["limit"], registry=registry
+        )
         self.swaps = Counter(
             "instructloop_swaps", "Attempts to serve another version", ["outcome"], registry=registry
         )

@@ -1,8 +1,8 @@
 """The gate in front of every route, vLLM's and ours: who may pass, and what is noted about a generation.
 
-It authenticates, applies `server.access`, bounds and reads the body, gives each generation its id before
-vLLM sees it (so the headers are right before the first byte of a stream), and answers refusals in the one
-error shape. It decides nothing about what a route does.
+It authenticates, applies `server.access` and `server.limits`, bounds and reads the body, gives each
+generation its id before vLLM sees it (so the headers are right before the first byte of a stream), and
+answers refusals in the one error shape. It decides nothing about what a route does.
 """
 
 import json
@@ -10,18 +10,21 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access import Authenticator, roles_of
-from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, generation_of
-from server.errors import Problem
+from server.body import parse_object
+from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, choice_count, generation_of
+from server.errors import DATABASE_AWAY, Problem
 from server.identity import Identity, TokenClaims
+from server.limits import Limits
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = b"x-request-id"
+_ENGINE_BODIES = frozenset(ENDPOINTS) | {"/tokenize", "/detokenize"}
+"""The paths whose bodies are read by vLLM."""
 
 
 class Gate:
@@ -36,12 +39,14 @@ class Gate:
         *,
         authenticator: Authenticator,
         identity: Identity,
+        limits: Limits,
         max_body_bytes: int,
         obstacle: Callable[[], str | None],
     ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._identity = identity
+        self._limits = limits
         self._max_body_bytes = max_body_bytes
         self._obstacle = obstacle
 
@@ -66,22 +71,24 @@ class Gate:
         await self._app(scope, _replayed(body, receive), self._sender(send, generation))
 
     async def _admit(self, scope: Scope) -> Caller | None:
-        """Return the caller, if the route needs one. Raises Problem 401, 403, 404, 405, 503."""
+        """Return the caller, if the route needs one. Raises Problem 401, 403, 404, 405, 429, 503."""
         roles = roles_of(scope["method"], scope["path"])
         if not roles:
             return None
         try:
             caller = await self._authenticator.caller(Headers(scope=scope))
-        except OperationalError as error:
+        except DATABASE_AWAY as error:
             logger.error("keys can't be read: %s", error)
             raise Problem(503, "keys can't be checked at the moment", retry_after=5) from error
         if caller.role not in roles:
             raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
+        await self._limits.request(caller)
         return caller
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         too_large = Problem(413, f"the body may have at most {self._max_body_bytes} bytes")
-        if int(Headers(scope=scope).get("content-length") or 0) > self._max_body_bytes:
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > self._max_body_bytes:
             raise too_large
         pieces: list[bytes] = []
         size = 0
@@ -102,22 +109,22 @@ class Gate:
     ) -> tuple[Scope, bytes, Generation | None]:
         """Replace the request id, and note a generation. A client never chooses an id itself."""
         headers = [item for item in scope["headers"] if item[0] != _REQUEST_ID]
-        prefix = ENDPOINTS.get(scope["path"]) if scope["method"] == "POST" else None
+        path = scope["path"]
+        posted = scope["method"] == "POST" and caller is not None
+        fields = parse_object(body) if posted and path in _ENGINE_BODIES else None
         generation = None
-        if prefix is not None and caller is not None:
+        if fields is not None and caller is not None and (prefix := ENDPOINTS.get(path)) is not None:
             if (reason := self._obstacle()) is not None:
                 raise Problem(503, reason, retry_after=5)
-            request_id = self._identity.new_request_id(caller.key_id)
+            self._check_ownership(fields, caller)
+            request_id = self._identity.new_request_id(caller.key_id, choice_count(path, fields))
             headers.append((_REQUEST_ID, request_id.encode()))
-            fields = _json_object(body)
-            if fields is not None:
-                self._check_ownership(fields, caller)
-                completion_id = prefix + request_id
-                if prefix == "resp_":
-                    fields["request_id"] = completion_id
-                    body = json.dumps(fields).encode()
-                if not fields.get("use_beam_search"):
-                    generation = generation_of(scope["path"], completion_id, caller.key_id, fields)
+            completion_id = prefix + request_id
+            if prefix == "resp_":
+                fields["request_id"] = completion_id
+                body = json.dumps(fields).encode()
+            if not fields.get("use_beam_search"):
+                generation = generation_of(path, completion_id, caller.key_id, fields)
         headers = [item for item in headers if item[0] not in (b"content-length", b"transfer-encoding")]
         headers.append((b"content-length", str(len(body)).encode()))
         return {**scope, "headers": headers}, body, generation
@@ -141,15 +148,6 @@ class Gate:
             await send(message)
 
         return with_headers
-
-
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the body if it is a JSON object; anything else is vLLM's to refuse in its own words."""
-    try:
-        fields = json.loads(body)
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) else None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

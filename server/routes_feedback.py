@@ -4,6 +4,7 @@ What an event may say is decided in `server.feedback_events`; that it is durable
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -18,13 +19,30 @@ from feedback.records import Completion
 from feedback.store import Query as StoredQuery
 from feedback.store import Store, StoredEvent
 from registry.lineage import LEARNED, Lineage
+from server.answers import (
+    ChoiceAnswer,
+    CompletionAnswer,
+    EventAnswer,
+    GivenFeedback,
+    PromptAnswer,
+    Queries,
+    QueryAnswer,
+    QueryChoice,
+    ReceiptAnswer,
+)
+from server.body import parse_object
 from server.context import CALLER, Caller
-from server.errors import Problem, parse_object
-from server.feedback_events import check_owner, event_from, rater_of
+from server.errors import Problem
+from server.feedback_events import check_owner, check_recorded, event_from, open_references, rater_of
 from server.identity import Identity
+from server.limits import Limits
 from server.metrics import ServerMetrics
+from server.openapi import problems, takes_feedback, takes_lines
 
 RETRY_AFTER_SECONDS = 2
+
+Line = tuple[Event, str | None] | Problem
+"""An event of a batch with its idempotency key, or why it was not taken."""
 
 
 class EventQueue(Protocol):
@@ -48,6 +66,7 @@ class FeedbackRoutes:
         dead_letters: DeadLetters,
         lineage: Lineage,
         identity: Identity,
+        limits: Limits,
         metrics: ServerMetrics,
         batch_lines: int,
     ) -> None:
@@ -56,6 +75,7 @@ class FeedbackRoutes:
         self._dead_letters = dead_letters
         self._lineage = lineage
         self._identity = identity
+        self._limits = limits
         self._metrics = metrics
         self._batch_lines = batch_lines
 
@@ -63,19 +83,40 @@ class FeedbackRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/v1/feedback", self.submit, methods=["POST"])
-        add("/v1/feedback/batch", self.submit_batch, methods=["POST"])
-        add("/v1/feedback/{event_id}", self.receipt, methods=["GET"])
-        add("/v1/completions/{completion_id}", self.completion, methods=["GET"])
+        add(
+            "/v1/feedback",
+            self.submit,
+            methods=["POST"],
+            status_code=202,
+            response_model=ReceiptAnswer,
+            responses=problems(404, 409),
+            openapi_extra=takes_feedback(),
+        )
+        add(
+            "/v1/feedback/batch",
+            self.submit_batch,
+            methods=["POST"],
+            response_class=Response,
+            responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
+            openapi_extra=takes_lines(),
+        )
+        add("/v1/feedback/{event_id}", self.receipt, methods=["GET"], responses=problems(404))
+        add("/v1/completions/{completion_id}", self.completion, methods=["GET"], responses=problems(404))
         add("/v1/queries", self.queries, methods=["GET"])
         return router
 
     async def submit(self, request: Request) -> Response:
         """Take one event; 202 with its receipt once Redis has it durably."""
         try:
-            fields = parse_object(await request.body())
-            event = await self._event(fields, CALLER.get())
-            receipt = await self._durably(self._queue.submit(event, _idempotency_key(request)))
+            caller, idempotency_key = CALLER.get(), _idempotency_key(request)
+            event = event_from(parse_object(await request.body()), caller, self._identity)
+            if open_references(event.feedback, self._identity):
+                await anyio.to_thread.run_sync(check_recorded, event.feedback, self._store.completion)
+            await self._limits.events(caller, event.rater)
+            if idempotency_key is not None and caller.role == "token":
+                # End users of one client do not know of each other's keys.
+                idempotency_key = f"{event.rater} {idempotency_key}"
+            receipt = await self._durably(self._queue.submit(event, idempotency_key))
         except Problem as problem:
             self._metrics.refused.labels(str(problem.status)).inc()
             raise
@@ -94,14 +135,8 @@ class FeedbackRoutes:
         if len(lines) > self._batch_lines:
             raise Problem(413, f"a batch may have at most {self._batch_lines} lines")
         caller = CALLER.get()
-        taken: list[tuple[Event, str | None] | Problem] = []
-        for line in lines:
-            try:
-                fields = parse_object(line)
-                key = _line_key(fields)
-                taken.append((await self._event(fields, caller), key))
-            except Problem as problem:
-                taken.append(problem)
+        taken = await anyio.to_thread.run_sync(self._events, lines, caller)
+        taken = await self._within_limits(taken, caller)
         accepted = [item for item in taken if not isinstance(item, Problem)]
         receipts: Iterator[Receipt] = iter(())
         if accepted:
@@ -114,7 +149,7 @@ class FeedbackRoutes:
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         return Response(text, 200, media_type="application/x-ndjson")
 
-    async def receipt(self, event_id: str) -> dict[str, Any]:
+    async def receipt(self, event_id: str) -> EventAnswer:
         """Say what became of an event; for who gave it and for operators."""
         caller = CALLER.get()
         found = await anyio.to_thread.run_sync(self._remembered, event_id)
@@ -122,18 +157,18 @@ class FeedbackRoutes:
             giver = await self._durably(self._queue.queued(event_id))
             if giver is not None:
                 _check_giver(caller, giver)
-                return _status(event_id, "queued")
+                return EventAnswer(event_id=event_id, status="queued")
             # It may have left the queue between the two looks.
             found = await anyio.to_thread.run_sync(self._remembered, event_id)
         if found is None:
             raise Problem(404, f"no such event: {event_id}")
         if isinstance(found, DeadLetter):
             _check_giver(caller, found.key_id, found.rater)
-            return _status(event_id, "rejected", found.reason)
+            return EventAnswer(event_id=event_id, status="rejected", reason=found.reason)
         _check_giver(caller, found.event.key_id, found.event.rater)
         return await anyio.to_thread.run_sync(self._described, found)
 
-    async def completion(self, completion_id: str) -> dict[str, Any]:
+    async def completion(self, completion_id: str) -> CompletionAnswer:
         """Return the record of a completion with the feedback on it; for its client and for operators."""
         caller = CALLER.get()
         if caller.role != "operator":
@@ -144,7 +179,7 @@ class FeedbackRoutes:
         events = await anyio.to_thread.run_sync(self._store.events_of, completion_id)
         return _record(parts, events)
 
-    async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
+    async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Queries:
         """List recorded prompts to judge next: those whose responses the reward model is least sure of first.
 
         A rater is not asked about what it has judged already.
@@ -152,12 +187,33 @@ class FeedbackRoutes:
         caller = CALLER.get()
         rater = rater_of(caller) if caller.role == "rater" else None
         found = await anyio.to_thread.run_sync(self._store.queries, limit, rater)
-        return {"queries": [_query(query) for query in found]}
+        return Queries(queries=[_query(query) for query in found])
 
-    async def _event(self, fields: dict[str, Any], caller: Caller) -> Event:
-        return await anyio.to_thread.run_sync(
-            event_from, fields, caller, self._identity, self._store.completion
-        )
+    def _events(self, lines: Sequence[bytes], caller: Caller) -> "list[Line]":
+        """Read the lines of a batch; what is wrong with one says nothing of the others."""
+        taken: list[Line] = []
+        for line in lines:
+            try:
+                fields = parse_object(line)
+                key = _line_key(fields)
+                event = event_from(fields, caller, self._identity)
+                if open_references(event.feedback, self._identity):
+                    check_recorded(event.feedback, self._store.completion)
+                taken.append((event, key))
+            except Problem as problem:
+                taken.append(problem)
+        return taken
+
+    async def _within_limits(self, taken: "list[Line]", caller: Caller) -> "list[Line]":
+        """Put the refusal in the place of the events of each rater that has given too many."""
+        counts = Counter(item[0].rater for item in taken if not isinstance(item, Problem))
+        refused: dict[str, Problem] = {}
+        for rater, count in counts.items():
+            try:
+                await self._limits.events(caller, rater, count)
+            except Problem as problem:
+                refused[rater] = problem
+        return [item if isinstance(item, Problem) else refused.get(item[0].rater, item) for item in taken]
 
     async def _durably(self, work: Any) -> Any:
         """Await queue work, speaking of its failures over HTTP."""
@@ -175,16 +231,19 @@ class FeedbackRoutes:
     def _remembered(self, event_id: str) -> StoredEvent | DeadLetter | None:
         return self._store.event(event_id) or self._dead_letters.of_event(event_id)
 
-    def _described(self, stored: StoredEvent) -> dict[str, Any]:
-        status = "queued" if stored.status == "waiting" else stored.status
-        answer = _status(stored.event.event_id, status, stored.reason, stored.superseded_by)
+    def _described(self, stored: StoredEvent) -> EventAnswer:
         # A round that has published nothing has taught nothing.
         uses = [use for use in self._lineage.uses(stored.event.event_id) if use.version is not None]
         learned = [use for use in uses if use.use in LEARNED]
-        answer["rounds"] = [use.round_id for use in learned]
-        answer["versions"] = [use.version for use in learned]
-        answer["held_out_rounds"] = [use.round_id for use in uses if use.use == "held_out"]
-        return answer
+        return EventAnswer(
+            event_id=stored.event.event_id,
+            status="queued" if stored.status == "waiting" else stored.status,
+            reason=stored.reason,
+            superseded_by=stored.superseded_by,
+            rounds=[use.round_id for use in learned],
+            versions=[use.version for use in learned if use.version is not None],
+            held_out_rounds=[use.round_id for use in uses if use.use == "held_out"],
+        )
 
     def _refused(self, problem: Problem) -> dict[str, Any]:
         """Count a line that was not taken, and answer it."""
@@ -220,20 +279,6 @@ def _receipt(receipt: Receipt) -> dict[str, Any]:
     return {"event_id": receipt.event_id, "status": "queued"}
 
 
-def _status(
-    event_id: str, status: str, reason: str | None = None, superseded_by: str | None = None
-) -> dict[str, Any]:
-    return {
-        "event_id": event_id,
-        "status": status,
-        "reason": reason,
-        "superseded_by": superseded_by,
-        "rounds": [],
-        "versions": [],
-        "held_out_rounds": [],
-    }
-
-
 def _check_giver(caller: Caller, key_id: str | None, rater: str | None = None) -> None:
     """Raise Problem 403 unless `caller` gave the event: by key, or for a token under its very identity.
 
@@ -246,51 +291,51 @@ def _check_giver(caller: Caller, key_id: str | None, rater: str | None = None) -
         raise Problem(403, "this event was given by somebody else")
 
 
-def _query(query: StoredQuery) -> dict[str, Any]:
+def _query(query: StoredQuery) -> QueryAnswer:
     completion = query.completion
     # No scores: they would tell a rater what to say.
     spreads = {score.choice: score.spread for score in query.scores}
-    return {
-        "completion_id": completion.id,
-        "part": completion.part,
-        "messages": completion.messages,
-        "prompt": completion.prompt,
-        "round": query.round_id,
-        "spread": query.spread,
-        "choices": [
-            {"choice": choice.index, "text": choice.text, "spread": spreads.get(choice.index)}
+    return QueryAnswer(
+        completion_id=completion.id,
+        part=completion.part,
+        messages=completion.messages,
+        prompt=completion.prompt,
+        round=query.round_id,
+        spread=query.spread,
+        choices=[
+            QueryChoice(choice=choice.index, text=choice.text, spread=spreads.get(choice.index))
             for choice in completion.choices
         ],
-    }
+    )
 
 
-def _record(parts: list[Completion], events: list[StoredEvent]) -> dict[str, Any]:
-    first = parts[0].model_dump(mode="json")
-    shared = ("id", "key_id", "user", "source", "endpoint", "created_at", "messages", "sampling")
+def _record(parts: list[Completion], events: list[StoredEvent]) -> CompletionAnswer:
+    first = parts[0]
     choices = [choice for part in parts for choice in part.choices]
     spans = [span.version for choice in choices for span in choice.weight_spans]
-    return {name: first[name] for name in shared} | {
-        "prompts": [
-            {
-                "part": part.part,
-                "prompt": part.prompt,
-                "prompt_token_ids": part.prompt_token_ids,
-                "latency_seconds": part.latency_seconds,
-            }
-            for part in parts
-        ],
-        "choices": [choice.model_dump(mode="json") for choice in choices],
-        "versions": list(dict.fromkeys(spans)),
-        "feedback": [
-            {
-                "event_id": item.event.event_id,
-                "status": item.status,
-                "reason": item.reason,
-                "superseded_by": item.superseded_by,
-                "rater": item.event.rater,
-                "received_at": item.event.received_at,
-                "feedback": item.event.feedback.model_dump(mode="json", exclude_none=True),
-            }
-            for item in events
-        ],
-    }
+    return CompletionAnswer(
+        id=first.id,
+        key_id=first.key_id,
+        user=first.user,
+        source=first.source,
+        endpoint=first.endpoint,
+        created_at=first.created_at,
+        messages=first.messages,
+        sampling=first.sampling,
+        prompts=[PromptAnswer.model_validate(part, from_attributes=True) for part in parts],
+        choices=[ChoiceAnswer.model_validate(choice, from_attributes=True) for choice in choices],
+        versions=list(dict.fromkeys(spans)),
+        feedback=[_given(item) for item in events],
+    )
+
+
+def _given(item: StoredEvent) -> GivenFeedback:
+    return GivenFeedback(
+        event_id=item.event.event_id,
+        status=item.status,
+        reason=item.reason,
+        superseded_by=item.superseded_by,
+        rater=item.event.rater,
+        received_at=item.event.received_at,
+        feedback=item.event.feedback.model_dump(mode="json", exclude_none=True),
+    )

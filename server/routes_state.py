@@ -9,8 +9,10 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
+from server.answers import Health, Ready
 from server.errors import Problem
 from server.metrics import ServerMetrics
+from server.openapi import problems
 
 
 class Durability(Protocol):
@@ -41,16 +43,17 @@ class StateRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/health", self.health, methods=["GET"])
-        add("/ready", self.ready, methods=["GET"])
-        add("/metrics", self.metrics, methods=["GET"])
+        add("/health", self.health, methods=["GET"], responses=problems(503))
+        add("/ready", self.ready, methods=["GET"], response_model=Ready, responses={503: {"model": Ready}})
+        text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+        add("/metrics", self.metrics, methods=["GET"], response_class=Response, responses={200: text})
         return router
 
-    async def health(self) -> dict[str, str]:
+    async def health(self) -> Health:
         """200 while the engine lives."""
         if self._dead():
             raise Problem(503, "the engine has ended")
-        return {"status": "alive"}
+        return Health(status="alive")
 
     async def ready(self) -> Response:
         """200 when this replica can generate and take feedback, else 503 with what is wrong."""

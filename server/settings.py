@@ -1,8 +1,11 @@
 """How one serving replica listens, what it accepts, and how its engine is started."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Rate = Annotated[str, Field(pattern=r"^(none|[1-9]\d*/(second|minute|hour|day))$")]
+"""`600/minute`, or `none` for no limit."""
 
 
 class ServerSettings(BaseModel):
@@ -28,6 +31,15 @@ class ServerSettings(BaseModel):
     )
     batch_lines: int = Field(
         default=1000, ge=1, description="Most events accepted in one POST /v1/feedback/batch"
+    )
+    rate_per_key: Rate = Field(
+        default="6000/minute", description="Most requests of one API key, over all replicas, or none"
+    )
+    rate_per_rater: Rate = Field(
+        default="1200/minute", description="Most events of one rater that a key names or is, or none"
+    )
+    rate_per_end_user: Rate = Field(
+        default="60/minute", description="Most requests of one end user by feedback token, or none"
     )
     swap_retry_seconds: float = Field(
         default=30.0, gt=0, description="Pause before a version that failed to load is tried again"

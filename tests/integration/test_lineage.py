@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 
 from registry.lineage import LEARNED, Lineage, RoundUse, UsedEvent
 from registry.rounds import EventUse, Rounds
-from registry.tables import METADATA
+from registry.tables import AUDIT_LOG, METADATA
 
 
 def config(parent: str, reward_model_from: int | None = None, **training: Any) -> dict[str, Any]:
@@ -154,7 +154,8 @@ def test_both_ways_lead_to_the_same(
 ) -> None:
     with either_database.begin() as connection:
         for table in reversed(METADATA.sorted_tables):
-            connection.execute(sa.delete(table))
+            if table is not AUDIT_LOG:  # which only grows
+                connection.execute(sa.delete(table))
     rounds, lineage = Rounds(either_database), Lineage(either_database)
     ids: list[int] = []
     for parent, start, uses in history:

@@ -91,6 +91,7 @@ def light_modules() -> list[str]:
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
     for name in (
+        "access",
         "cli",
         "config",
         "supervisor",

@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -45,9 +46,51 @@ def test_keys_are_made_listed_and_revoked(data_dir: Path, capsys: pytest.Capture
     assert listing.splitlines()[1] != capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_key_is_rotated_and_every_action_is_in_the_audit_log(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from feedback.keys import Keys
+    from instructloop import installation
+    from instructloop.config import load
+
+    cli.run(["keys", "create", "--role", "operator", "--name", "ann"])
+    old = capsys.readouterr().out.strip()
+    key_id = old.split("_")[2]
+    assert cli.run(["keys", "rotate", key_id, "--grace", "1h"]) == 0
+    new = capsys.readouterr().out.strip()
+    keys = Keys(installation.open_database(load()))
+    assert None not in (keys.verify(old), keys.verify(new))
+    assert old != new
+    assert cli.run(["keys", "rotate", key_id]) == 0
+    assert keys.verify(new) is None
+    assert cli.run(["keys", "revoke", key_id]) == 0
+    assert cli.run(["keys", "rotate", key_id]) == 2
+    assert cli.run(["promote", "policy-0099"]) == 2
+    assert cli.run(["rounds", "pin", "7"]) == 2
+    capsys.readouterr()
+    assert cli.run(["audit", "--json"]) == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    target = f"key {key_id}"
+    assert [(entry["action"], entry["target"], entry["outcome"]) for entry in reversed(entries)] == [
+        ("create_key", target, "done"),
+        ("rotate_key", target, "done"),
+        ("rotate_key", target, "done"),
+        ("revoke_key", target, "done"),
+        ("rotate_key", target, "refused"),
+        ("promote", "policy-0099", "refused"),
+        ("pin_round", "round 7", "refused"),
+    ]
+    assert all(re.fullmatch(r"command line \(.+@.+\)", entry["actor"]) for entry in entries)
+    assert cli.run(["audit", "--limit", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["WHEN", "WHO", "ACTION", "ON", "OUTCOME", "DETAIL"]
+    assert ["pin_round" in lines[1], "promote" in lines[2], len(lines)] == [True, True, 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["keys", "rotate", "nobody"], "no key has the id 'nobody'"),
         (["keys", "revoke", "nobody"], "no key has the id 'nobody'"),
         (["promote", "policy-0099"], "policy-0099"),
         (["reject", "policy-0099"], "policy-0099"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
+from limits.aio.storage import MemoryStorage
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -17,12 +18,14 @@ from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Choice, Completion
 from feedback.store import Store
+from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
+from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -113,6 +116,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
+        # In memory: Redis' counters are tested with a real one.
+        limits = Limits(MemoryStorage(), self.settings, self.metrics)
         routers: list[APIRouter] = [
             StateRoutes(
                 queue=self.queue,
@@ -127,12 +132,14 @@ class Bench:
                 dead_letters=self.dead_letters,
                 lineage=lineage,
                 identity=self.identity,
+                limits=limits,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
             ).router(),
             OperatorRoutes(
                 registry=self.registry,
                 rounds=self.rounds,
+                audit=AuditLog(self.database),
                 wait_seconds=0.5,
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
@@ -145,7 +152,8 @@ class Bench:
             routers,
             settings=self.settings,
             identity=self.identity,
-            authenticator=Authenticator(Keys(self.database).verify, self.identity),
+            authenticator=Authenticator(Keys(self.database), self.identity),
+            limits=limits,
             obstacle=lambda: self.obstacle,
         )
 
@@ -156,9 +164,15 @@ class Bench:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
-    def completion(self, *, who: str = "client", choices: int = 1, stored: bool = True) -> str:
-        """Issue a completion id to `who` and store its record; returns the id."""
-        id_ = "chatcmpl-" + self.identity.new_request_id(self.key_ids[who])
+    def completion(
+        self, *, who: str = "client", choices: int = 1, stored: bool = True, counted: bool = True
+    ) -> str:
+        """Issue a completion id to `who` and store its record; returns the id.
+
+        Without `counted` the id does not say how many choices there are, as that of a response does not.
+        """
+        count = choices if counted else None
+        id_ = "chatcmpl-" + self.identity.new_request_id(self.key_ids[who], count)
         record = Completion(
             id=id_,
             parts=1,

@@ -7,7 +7,8 @@ import httpx
 import pytest
 from server_bench import Bench
 
-from feedback.queue import EntryTooLarge
+from feedback.queue import Entry, EntryTooLarge
+from feedback.records import Choice, Completion
 from registry.rounds import EventUse
 
 REF = {"completion_id": "ID"}
@@ -99,10 +100,33 @@ async def test_what_is_not_a_json_object_is_422(bench: Bench) -> None:
             assert error(await http.post("/v1/feedback", content=body))[0] == 422
 
 
-async def test_a_choice_is_checked_only_once_the_record_is_there(bench: Bench) -> None:
-    id_ = bench.completion(stored=False)
+@pytest.mark.parametrize("who", ["client", "rater", "token"])
+async def test_a_choice_that_was_not_asked_for_is_refused_before_its_record_comes(
+    bench: Bench, who: str
+) -> None:
+    id_ = bench.completion(choices=2, stored=False)
+    given = {"X-Feedback-Token": bench.token(id_, "bob")} if who == "token" else {}
+    async with bench.http(None if given else who, **given) as http:
+        assert (await http.post("/v1/feedback", json=thumb(id_, choice=1))).status_code == 202
+        assert error(await http.post("/v1/feedback", json=thumb(id_, choice=2))) == (422, "choice")
+        assert error(await http.post("/v1/feedback", json=thumb(id_, choice=7))) == (422, "choice")
+        both = [[{"completion_id": id_}], [{"completion_id": id_, "choice": 7}]]
+        ranking = await http.post("/v1/feedback", json={"type": "ranking", "groups": both})
+        assert error(ranking) == (422, "groups.1.0.choice")
+    assert len(bench.queue.events) == 1
+
+
+async def test_where_the_id_does_not_say_a_choice_is_checked_once_the_record_is_there(bench: Bench) -> None:
+    id_ = bench.completion(stored=False, counted=False)
+    recorded = bench.completion(choices=2, counted=False)
     async with bench.http("client") as http:
         assert (await http.post("/v1/feedback", json=thumb(id_, choice=900))).status_code == 202
+        assert (await http.post("/v1/feedback", json=thumb(recorded, choice=1))).status_code == 202
+        assert error(await http.post("/v1/feedback", json=thumb(recorded, choice=2))) == (422, "choice")
+        lines = "\n".join(json.dumps(thumb(recorded, choice=choice)) for choice in (1, 2))
+        answers = (await http.post("/v1/feedback/batch", content=lines)).text.splitlines()
+        assert [json.loads(answer).get("status") for answer in answers] == ["queued", None]
+        assert json.loads(answers[1])["error"]["param"] == "choice"
 
 
 async def test_only_issued_completions_of_ones_own_can_be_spoken_of(bench: Bench) -> None:
@@ -334,3 +358,29 @@ async def test_a_completion_is_read_with_the_feedback_on_it(bench: Bench) -> Non
         assert error(await http.get(f"/v1/completions/{id_}"))[0] == 403
     async with bench.http("operator") as http:
         assert (await http.get(f"/v1/completions/{id_}")).status_code == 200
+
+
+async def test_end_users_of_one_client_do_not_share_idempotency_keys(bench: Bench) -> None:
+    id_ = bench.completion()
+    sent = []
+    for user in ("bob", "eve", "bob"):
+        headers = {"X-Feedback-Token": bench.token(id_, user), "Idempotency-Key": "k1"}
+        async with bench.http(**headers) as http:
+            response = await http.post("/v1/feedback", json=thumb(id_))
+            assert response.status_code == 202
+            sent.append(response.json()["event_id"])
+    assert sent[0] == sent[2] != sent[1]
+    async with bench.http("client", **{"Idempotency-Key": "k1"}) as http:
+        assert (await http.post("/v1/feedback", json=thumb(id_))).json()["event_id"] not in sent
+
+
+async def test_infinite_logprobs_are_null(bench: Bench) -> None:
+    id_ = "chatcmpl-" + bench.identity.new_request_id(bench.key_ids["client"], 1)
+    choice = Choice(index=0, text="x", token_ids=[1, 2], logprobs=[float("-inf"), -1.0])
+    record = Completion(
+        id=id_, key_id=bench.key_ids["client"], endpoint="e", created_at=1.0, messages=[], choices=[choice]
+    )
+    bench.store.ingest([Entry("1-0", "completion", record.model_dump_json().encode())])
+    async with bench.http("client") as http:
+        found = await http.get(f"/v1/completions/{id_}")
+        assert (found.status_code, found.json()["choices"][0]["logprobs"]) == (200, [None, -1.0])

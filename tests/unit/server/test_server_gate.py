@@ -1,18 +1,19 @@
 """The gate: who passes to which route, and what the engine's app behind it gets to see."""
 
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 from server_bench import Bench
-from starlette.datastructures import Headers
 
 from feedback.keys import Keys
-from server.access import ROUTES, Authenticator, roles_of
-from server.context import Generation, generation_of
+from server.access import ROUTES, roles_of
+from server.body import DEEPEST
+from server.context import ENDPOINTS, Generation, generation_of
 from server.errors import Problem
-from server.identity import Identity
+from server.identity import Issued
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -51,7 +52,11 @@ async def test_routes_that_are_not_listed_do_not_exist(bench: Bench, path: str) 
 
 async def test_another_method_is_405(bench: Bench) -> None:
     async with bench.http("client") as http:
-        assert error(await http.delete("/v1/feedback"))[0] == 405
+        refused = await http.delete("/v1/feedback")
+        assert (error(refused)[0], refused.headers["allow"]) == (405, "POST")
+        refused = await http.get("/v1/feedback/batch")
+        assert (error(refused)[0], refused.headers["allow"]) == (405, "POST")
+        assert (await http.put("/v1/completions/x")).headers["allow"] == "GET"
         assert error(await http.get("/v1/chat/completions"))[0] == 405
 
 
@@ -147,9 +152,48 @@ async def test_refused_and_odd_requests_have_no_completion(bench: Bench) -> None
         assert "x-completion-id" not in refused.headers
         beam = await http.post("/v1/completions", json={"prompt": "x", "use_beam_search": True})
         assert (beam.status_code, "x-completion-id" in beam.headers) == (200, False)
-        broken = await http.post("/v1/chat/completions", content=b'{"model":')
-        assert broken.json()["body"] == '{"model":'
-        assert "x-completion-id" not in broken.headers
+
+
+NOT_PLAIN_JSON = [
+    b"",
+    b'{"model":',
+    b"[]",
+    b'"x"',
+    b'{"x": NaN}',
+    b'{"x": -Infinity}',
+    b'{"x": "\xff"}',
+    b'{"x": "\xed\xa0\x80"}',
+    b'{"x": "\\ud800"}',
+    b'{"x": {"\\udfff": 1}}',
+    '{"x": 1}'.encode("utf-16"),
+    b'{"x": ' + b"9" * 5000 + b"}",
+    b'{"x": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"x": ' * 1000 + b"1" + b"}" * 1000,
+    b"[" * 2000,
+    b'{"x": ' + b"[" * 2000 + b"]" * 2000 + b"}",
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize", "/v1/feedback"])
+async def test_a_body_that_is_not_plain_json_goes_no_further(bench: Bench, path: str) -> None:
+    bench.settings = bench.settings.model_copy(update={"max_body_bytes": 20_000})
+    bench.__post_init__()
+    async with bench.http("client") as http:
+        for body in NOT_PLAIN_JSON:
+            assert error(await http.post(path, content=body))[:2] == (422, "invalid"), body[:20]
+
+
+async def test_what_is_nested_as_deep_as_may_be_gets_through(bench: Bench) -> None:
+    deepest = b'{"x": ' + b"[" * (DEEPEST - 1) + b"]" * (DEEPEST - 1) + b"}"
+    escaped = json.dumps(CHAT | {"x": "\U0001f600[[[["}).encode()
+    async with bench.http("client") as http:
+        for body in (deepest, escaped, b'{"x": "' + b"[" * 3000 + b'"}'):
+            response = await http.post("/v1/chat/completions", content=body)
+            assert (response.status_code, response.json()["body"]) == (200, body.decode())
+        context = {"x": json.loads(deepest)["x"][0]}
+        event = {"type": "thumb", "completion_id": bench.completion(), "value": "up", "context": context}
+        assert (await http.post("/v1/feedback", json=event)).status_code == 202
+        json.loads(bench.queue.events[0].model_dump_json())
 
 
 async def test_a_body_that_is_too_large_is_413_with_and_without_a_length(bench: Bench) -> None:
@@ -157,10 +201,13 @@ async def test_a_body_that_is_too_large_is_413_with_and_without_a_length(bench: 
         for _ in range(5):
             yield b"x" * 1000
 
+    largest = b'{"x": "' + b"x" * 4087 + b'"}'
     async with bench.http("client") as http:
         assert error(await http.post("/v1/chat/completions", content=b"x" * 4097))[:2] == (413, "too_large")
         assert error(await http.post("/v1/chat/completions", content=pieces()))[0] == 413
-        assert (await http.post("/tokenize", content=b"x" * 4096)).status_code == 200
+        odd = {"Content-Length": "many", "Transfer-Encoding": "chunked"}
+        assert error(await http.post("/v1/feedback", content=pieces(), headers=odd))[0] == 413
+        assert (await http.post("/tokenize", content=largest)).status_code == 200
 
 
 async def test_nothing_is_generated_by_weights_of_no_version(bench: Bench) -> None:
@@ -172,41 +219,118 @@ async def test_nothing_is_generated_by_weights_of_no_version(bench: Bench) -> No
         assert (await http.get("/v1/models")).status_code == 200
 
 
-async def test_a_key_is_remembered_for_two_seconds_at_most(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = 0
+async def test_a_key_ends_and_turns_with_the_next_request(bench: Bench) -> None:
+    keys = Keys(bench.database)
+    token = bench.token(bench.completion())
+    event = {"type": "thumb", "completion_id": "x", "value": "up"}
+    async with bench.http("client") as http, bench.http(**{"X-Feedback-Token": token}) as browser:
+        assert (await http.get("/v1/models")).status_code == 200
+        assert error(await browser.post("/v1/feedback", json=event))[0] == 404
+        turned = keys.rotate(bench.key_ids["client"]).secret
+        assert error(await http.get("/v1/models"))[0] == 401
+        http.headers["Authorization"] = f"Bearer {turned}"
+        assert (await http.get("/v1/models")).status_code == 200
+        assert error(await browser.post("/v1/feedback", json=event))[0] == 404
+        keys.revoke(bench.key_ids["client"])
+        assert error(await http.get("/v1/models"))[0] == 401
+        # A token speaks for its client's key, and ends with it.
+        assert error(await browser.post("/v1/feedback", json=event))[0] == 401
 
-    def verify(secret: str) -> Any:
-        nonlocal asked
-        asked += 1
-        return Keys(bench.database).verify(secret)
 
-    clock = 100.0
-    monkeypatch.setattr("server.access.time.monotonic", lambda: clock)
-    authenticator = Authenticator(verify, Identity(b"s" * 32, token_hours=1))
-    headers = Headers({"authorization": f"Bearer {bench.keys['client']}"})
-    assert (await authenticator.caller(headers)).role == "client"
-    Keys(bench.database).revoke(bench.key_ids["client"])
-    clock = 101.9
-    await authenticator.caller(headers)
-    assert asked == 1
-    clock = 102.1
-    with pytest.raises(Problem, match="revoked"):
-        await authenticator.caller(headers)
+async def test_without_the_database_nobody_passes(bench: Bench) -> None:
+    with bench.database.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE keys RENAME TO elsewhere")
+    async with bench.http("client") as http:
+        refused = await http.get("/v1/models")
+        assert (error(refused)[0], refused.headers["retry-after"]) == (503, "5")
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_an_id_says_how_many_choices_were_asked_for(bench: Bench) -> None:
+    asked: list[tuple[str, dict[str, Any], int | None]] = [
+        ("/v1/chat/completions", {}, 1),
+        ("/v1/chat/completions", {"n": None}, 1),
+        ("/v1/chat/completions", {"n": 3, "prompt": ["a", "b"]}, 3),
+        ("/v1/chat/completions", {"n": "2"}, 2),
+        ("/v1/chat/completions", {"n": 2.0}, 2),
+        ("/v1/chat/completions", {"n": 2.5}, None),
+        ("/v1/chat/completions", {"n": -1}, None),
+        ("/v1/chat/completions", {"n": 10**400}, None),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 4}, 8),
+        ("/v1/completions", {"prompt": [1, 2], "n": 4}, 4),
+        ("/v1/completions", {"prompt_embeds": ["x", "y"]}, None),
+        ("/v1/messages", {"n": 5}, 1),
+        ("/v1/responses", {"input": "x"}, None),
+    ]
+    async with bench.http("client") as http:
+        for path, body, choices in asked:
+            response = await http.post(path, json=body)
+            issued = bench.identity.issued(response.headers["x-completion-id"])
+            assert issued == Issued(bench.key_ids["client"], choices), (path, body)
 
 
 async def test_cors_is_answered_only_for_listed_origins(bench: Bench) -> None:
-    preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    page = "https://page.example"
+    preflight = {
+        "Origin": page,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type,idempotency-key,x-feedback-token",
+    }
     async with bench.http(**preflight) as http:
         assert (await http.options("/v1/feedback")).status_code == 405
-    bench.settings = bench.settings.model_copy(update={"cors_origins": ["https://page.example"]})
+    bench.settings = bench.settings.model_copy(update={"cors_origins": [page]})
     bench.__post_init__()
     async with bench.http(**preflight) as http:
+        # The browser sends no credentials with it.
         allowed = await http.options("/v1/feedback")
-        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
-    async with bench.http(Origin="https://evil.example") as http:
-        assert "access-control-allow-origin" not in (await http.get("/health")).headers
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, page)
+        assert "x-feedback-token" in allowed.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in allowed.headers
+    async with bench.http("client", Origin=page) as http:
+        for response in (
+            await http.post("/v1/chat/completions", json=CHAT),
+            await http.post("/v1/chat/completions", content=b"{"),
+            await http.post("/v1/rollback"),
+        ):
+            # Refusals too: else a page could not tell its user why.
+            assert response.headers["access-control-allow-origin"] == page
+            exposed = response.headers["access-control-expose-headers"]
+            assert exposed == "X-Completion-Id, X-Feedback-Token, Retry-After"
+    for headers in ({"Origin": "https://evil.example"}, preflight | {"Origin": "https://evil.example"}):
+        async with bench.http(**headers) as http:
+            for response in (await http.get("/health"), await http.options("/v1/feedback")):
+                assert "access-control-allow-origin" not in response.headers
+
+
+async def test_what_nobody_foresaw_is_500_in_the_one_shape(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.registry, "replicas", lambda: 1 / 0)
+    async with bench.http("operator") as http:
+        assert error(await http.get("/v1/replicas"))[:2] == (500, "internal")
+
+
+async def test_the_document_describes_our_own_routes_and_no_other(bench: Bench) -> None:
+    for who in ("client", "rater", "operator"):
+        async with bench.http(who) as http:
+            found = (await http.get("/v1/openapi.json")).json()
+    described = {
+        (method.upper(), re.sub(r"\{\w+\}", "{id}", path)): operation
+        for path, operations in found["paths"].items()
+        for method, operation in operations.items()
+    }
+    others = {"/v1/openapi.json", "/v1/models", "/tokenize", "/detokenize", *ENDPOINTS}
+    assert set(described) == {(method, path) for method, path, _ in ROUTES if path not in others}
+    for method, path, roles in ROUTES:
+        if path not in others:
+            operation = described[method, path]
+            assert operation["x-roles"] == sorted(roles)
+            assert bool(operation["security"]) == bool(roles)
+            assert {"401", "403", "422", "429", "503"} <= set(operation["responses"]) or not roles
+    text = json.dumps(found)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in found["components"]["schemas"]
+    assert "HTTPValidationError" not in text
 
 
 def test_what_a_record_carries_is_read_from_each_kind_of_body() -> None:

@@ -6,15 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.identity import PREFIXES, Identity, TokenClaims, rater_of_key, rater_of_token
+from server.identity import PREFIXES, Identity, Issued, TokenClaims, rater_of_key, rater_of_token
 
 IDENTITY = Identity(b"a secret of enough bytes", token_hours=1)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("key_id", ["442f048282d1", "key-with-dashes", "k_1"])
-def test_an_issued_id_names_its_key(prefix: str, key_id: str) -> None:
-    assert IDENTITY.owner(prefix + IDENTITY.new_request_id(key_id)) == key_id
+@pytest.mark.parametrize("choices", [None, 1, 12, 100_000])
+def test_an_issued_id_names_its_key_and_choices(prefix: str, key_id: str, choices: int | None) -> None:
+    id_ = prefix + IDENTITY.new_request_id(key_id, choices)
+    assert IDENTITY.issued(id_) == Issued(key_id, choices)
+    assert IDENTITY.owner(id_) == key_id
+    assert len(id_) < 100
+
+
+def test_more_choices_can_t_be_written_into_an_id() -> None:
+    for choices in (2, None):
+        key_id, nonce, mac = IDENTITY.new_request_id("k1", choices).rsplit("-", 2)
+        random = nonce.rpartition("x")[2]
+        for forged in (f"9x{random}", f"22x{random}", random if choices else f"1x{random}"):
+            assert IDENTITY.issued(f"cmpl-{key_id}-{forged}-{mac}") is None
 
 
 def test_ids_are_never_given_twice() -> None:
@@ -29,8 +41,8 @@ def test_made_up_ids_belong_to_nobody(text: str) -> None:
 
 @given(place=st.integers(0, 2**16), shift=st.integers(1, 16))
 def test_a_changed_id_belongs_to_nobody(place: int, shift: int) -> None:
-    prefix, id_ = "chatcmpl-", IDENTITY.new_request_id("442f048282d1")
-    characters, at = "0123456789abcdef-", place % len(id_)
+    prefix, id_ = "chatcmpl-", IDENTITY.new_request_id("442f048282d1", 4)
+    characters, at = "0123456789abcdefx-", place % len(id_)
     other = characters[(characters.index(id_[at]) + shift) % len(characters)]
     assert IDENTITY.owner(prefix + id_[:at] + other + id_[at + 1 :]) is None
 

@@ -7,6 +7,8 @@ import httpx
 import pytest
 from server_bench import Bench
 
+from feedback.keys import Keys
+from registry.audit import key_note
 from registry.registry import Replica
 from server.routes_operator import progress
 
@@ -60,7 +62,7 @@ async def test_versions_are_listed_promoted_rolled_back_and_rejected(
     assert (entry.action, entry.version, entry.actor, entry.reason) == (
         "promoted",
         "policy-0000",
-        "operator",
+        f"key {bench.key_ids['operator']} (operator)",
         "first",
     )
 
@@ -160,3 +162,49 @@ async def test_a_database_that_is_away_is_503(bench: Bench) -> None:
         refused = await http.get("/v1/versions")
         assert error(refused) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0
+
+
+async def test_the_audit_log_says_who_did_what_and_what_was_refused(
+    bench: Bench, publish: Callable[[str], str]
+) -> None:
+    publish("a")
+    keys = Keys(bench.database, note=key_note("command line (ann@host)"))
+    keys.revoke(keys.create("rater", "bob").id)
+    async with bench.http("operator") as http:
+        await http.post("/v1/versions/policy-0000/promote", json={"reason": "first"})
+        await http.post("/v1/versions/policy-0000/promote")
+        await http.post("/v1/versions/policy-0009/reject")
+        await http.post("/v1/rollback")
+        asked = (await http.post("/v1/rounds")).json()["id"]
+        found = (await http.get("/v1/audit")).json()["entries"]
+        me = f"key {bench.key_ids['operator']} (operator)"
+        assert {entry["actor"] for entry in found} == {me, "command line (ann@host)"}
+        seen = [(entry["action"], entry["target"], entry["outcome"]) for entry in reversed(found)]
+        key = found[-1]["target"]
+        assert seen == [
+            ("create_key", key, "done"),
+            ("revoke_key", key, "done"),
+            ("promote", "policy-0000", "done"),
+            ("promote", "policy-0000", "refused"),
+            ("reject", "policy-0009", "refused"),
+            ("rollback", "", "refused"),
+            ("request_round", f"round {asked}", "done"),
+        ]
+        assert found[4]["detail"] == "first"
+        assert "serving" in found[3]["detail"]
+        assert (await http.get("/v1/audit?limit=1")).json()["entries"] == found[:1]
+        older = (await http.get("/v1/audit", params={"before": found[3]["at"]})).json()["entries"]
+        assert older == found[4:]
+        for query in ("limit=0", "limit=1001", "limit=x", "before=nan", "before=-1"):
+            assert error(await http.get(f"/v1/audit?{query}"))[0] == 422
+    for who in ("client", "rater"):
+        async with bench.http(who) as http:
+            assert error(await http.get("/v1/audit"))[0] == 403
+
+
+async def test_what_a_database_can_t_hold_is_refused_at_the_door(bench: Bench) -> None:
+    async with bench.http("operator") as http:
+        for number in (0, -1, 2**31, 10**30):
+            assert error(await http.get(f"/v1/rounds/{number}"))[0] == 422
+        assert error(await http.get("/v1/versions/%00"))[0] == 404
+        assert error(await http.post("/v1/rollback", json={"reason": "a\0b"}))[0] == 422
