@@ -77,6 +77,7 @@ class Intake:
         new = self._unknown(events)
         due = self._due({completion.id for completion in fresh})
         counts = self._settle(due + [_Candidate(event) for event in new])
+        self._unbury({event.event_id for event in new})
         self._unlock()
         return counts + IngestCounts(
             completions=len(fresh),
@@ -234,6 +235,13 @@ class Intake:
         ]
         self._insert(table, fresh)
         return len(fresh)
+
+    def _unbury(self, event_ids: set[str]) -> None:
+        """Delete the letters of events that came again as they should be: an event is in one place only."""
+        column, ordered = tables.dead_letters.c.event_id, sorted(event_ids)
+        for start in range(0, len(ordered), _CHUNK):
+            chunk = ordered[start : start + _CHUNK]
+            self._connection.execute(sa.delete(tables.dead_letters).where(column.in_(chunk)))
 
     def _select(
         self, query: sa.Select[Any], column: sa.ColumnElement[str], values: set[str]

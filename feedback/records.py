@@ -58,7 +58,8 @@ class Completion(BaseModel):
     `created_at` is in Unix seconds.
     """
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    # What was said is in no message about a record that is wrong: such messages are logged.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants", hide_input_in_errors=True)
 
     id: Name
     part: Index = 0

@@ -89,11 +89,12 @@ class Lineage:
     def __init__(self, engine: sa.Engine) -> None:
         self._reader = engine.execution_options(read_only=True)
 
-    def behind(self, version: str) -> list[RoundBehind]:
+    def behind(self, version: str, *, counted: bool = True) -> list[RoundBehind]:
         """List the rounds behind a version, newest first; none for a version that no round made.
 
         Each round went out from the policy of its parent version, and from the reward model of the round
         before it, whose candidate may have been rejected. A first reward model starts from the SFT policy.
+        Unless `counted`, for which every event is looked at, they come without counts.
         """
         with self._reader.connect() as connection:
             rounds = _rounds(connection)
@@ -101,7 +102,7 @@ class Lineage:
             if own is None:
                 return []
             through = _through(own, rounds)
-            counts = _counts(connection, sorted(through))
+            counts = _counts(connection, sorted(through)) if counted else {}
         return [
             RoundBehind(
                 round_id=number,

@@ -44,7 +44,7 @@ class LineageRoutes:
     ) -> dict[str, Any]:
         """Return the rounds behind a version and a page of their events; `next` is the next page's `after`.
 
-        `round` and `use` leave out the events of others.
+        `round` and `use` leave out the events of others. Later pages come without the rounds.
         """
         work = partial(self._version, name, limit, after, round, use)
         return await anyio.to_thread.run_sync(work)
@@ -59,16 +59,18 @@ class LineageRoutes:
         states = self._registry.states()
         if name not in states:
             raise Problem(404, str(UnknownVersion(f"there is no version {name}")))
-        behind = self._lineage.behind(name)
+        behind = self._lineage.behind(name, counted=after is None)
         numbers = [found.round_id for found in behind if round_id in (None, found.round_id)]
         if round_id is not None and not numbers:
             raise Problem(404, f"round {round_id} is not behind {name}", param="round")
         start = None if after is None else _position(after, numbers)
         events = self._lineage.events(numbers, limit=limit, after=start, use=use)
-        return {
-            "version": name,
-            "state": states[name],
-            "rounds": [asdict(found) | {"state": states.get(found.version or "")} for found in behind],
+        answer: dict[str, Any] = {"version": name, "state": states[name]}
+        if after is None:
+            answer["rounds"] = [
+                asdict(found) | {"state": states.get(found.version or "")} for found in behind
+            ]
+        return answer | {
             "events": [asdict(event) for event in events],
             "next": _after(events[-1]) if len(events) == limit else None,
         }

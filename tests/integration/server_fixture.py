@@ -50,6 +50,8 @@ class Installation:
             "INSTRUCTLOOP_SERVER__MAX_MODEL_LEN": "1024",
             "INSTRUCTLOOP_SERVER__KV_CACHE_GIB": "0.5",
             "INSTRUCTLOOP_ROLLOUT__WATCH_SECONDS": "0.2",
+            # More than a server logs by itself: what must be in no log is looked for.
+            "VLLM_LOGGING_LEVEL": "INFO",
             **self.variables,
         }
 

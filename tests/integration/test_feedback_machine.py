@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 from sqlalchemy.engine import Engine
 
 from feedback import tables
-from feedback.dead_letters import DeadLetters, StillBroken
+from feedback.dead_letters import DeadLetter, DeadLetters, StillBroken
 from feedback.entries import parse
 from feedback.events import Event, body_digest, references, target
 from feedback.intake import Intake
@@ -44,7 +44,7 @@ from feedback.store import Store
 from instructloop.database import connect, migrate
 
 FUZZING = settings.get_current_profile_name() == "fuzz"
-CASES = {} if FUZZING else {"max_examples": 60, "stateful_step_count": 40, "derandomize": True}
+CASES = {} if FUZZING else {"max_examples": 150, "stateful_step_count": 40, "derandomize": True}
 
 WAITING_HOURS = 24.0
 SETTINGS = QueueSettings(claim_after_seconds=0.001, durability_check_seconds=3600.0)
@@ -120,6 +120,8 @@ class Model:
         for said in events:
             if said.event_id not in self.events and not self.is_forgotten(said):
                 self.events[said.event_id] = Kept(said, now)
+                self.letters.discard(said.event_id)
+                self.dropped.discard(said.event_id)
         for kept in self.events.values():
             late = kept.ingested_at < now - WAITING_HOURS * 3600
             if late and self.resolved(kept.event) == "waiting":
@@ -193,7 +195,7 @@ class FeedbackMachine(RuleBasedStateMachine):
 
     # -- givers
 
-    @rule(parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=3))
+    @rule(parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=5))
     def generate(self, parts: list[tuple[str, int]]) -> None:
         self._step("completions")
         self.runner.run(self.queue.record([record(*part) for part in parts]))
@@ -273,20 +275,14 @@ class FeedbackMachine(RuleBasedStateMachine):
             self._store(found)
         self._check_store()
 
-    @rule(name=st.sampled_from("ab"), batch=st.integers(1, 6), batches=st.integers(1, 4))
+    @rule(name=st.sampled_from("ab"), batch=st.integers(1, 6), batches=st.sampled_from([1, 2, 3, 100]))
     def ingest(self, name: str, batch: int, batches: int) -> None:
         self._step("ingests")
         reader = self._reader(name, batch)
-        for _ in range(batches):
-            found = reader.read(0)
+        while batches and (found := reader.read(0)):
+            batches -= 1
             self._store(found)
             reader.done(found)
-        self._check_store()
-
-    @rule()
-    def ingest_all(self) -> None:
-        self._step("ingests")
-        self._drain()
         self._check_store()
 
     @rule(hours=st.integers(1, 30))
@@ -296,31 +292,45 @@ class FeedbackMachine(RuleBasedStateMachine):
 
     # -- operators
 
-    @precondition(lambda self: self.model.letters - self.model.dropped or +self.model.dead_parts)
-    @rule(data=st.data(), how=st.sampled_from(["fix", "fix", "as it is", "drop"]))
-    def dead_letter(self, data: st.DataObject, how: str) -> None:
-        """One of the newer schema is fixed and replayed, replayed as it is, or dropped."""
-        self._step("replays" if how == "fix" else "looks at dead letters")
-        letter = data.draw(st.sampled_from([one for one in self.dead_letters.list() if one.schema == NEWER]))
+    @precondition(lambda self: self.can_look())
+    @rule(hows=st.lists(st.sampled_from(["fix", "fix", "as it is", "drop"]), min_size=1, max_size=4))
+    def look_at_dead_letters(self, hows: list[str]) -> None:
+        """Some of the newer schema are fixed and replayed, replayed as they are, or dropped."""
+        letters = [one for one in self.dead_letters.list(10_000) if one.schema == NEWER]
+        for letter, how in zip(letters, hows, strict=False):
+            self._step({"fix": "replays", "drop": "drops"}.get(how, "vain replays"))
+            self._treat(letter, how)
+        self._check_store()
+
+    @precondition(lambda self: self.can_look())
+    @rule()
+    def replay_all_dead_letters(self) -> None:
+        """The operator has upgraded ingest, so to speak: all are replayed in the order of the queue."""
+        for id in self.dead_letters.ids():
+            letter = self.dead_letters.get(id)
+            if letter.schema == NEWER:
+                self._step("replays")
+                self._treat(letter, "fix")
+        self._check_store()
+
+    def can_look(self) -> bool:
+        return bool(self.model.letters - self.model.dropped or +self.model.dead_parts)
+
+    def _treat(self, letter: DeadLetter, how: str) -> None:
         raw = self.dead_letters.data(letter.id)
         if how == "as it is":
             with pytest.raises(StillBroken, match="schema version '2'"):
                 self.dead_letters.replay(letter.id)
             return
         parsed = parse([Entry(letter.entry_id, letter.kind, raw)])
-        if letter.kind == "completion":
-            (part,) = ((one.id, one.part) for one in parsed.completions)
-            self.model.dead_parts[part] -= 1
+        self.model.dead_parts -= Counter((one.id, one.part) for one in parsed.completions)
         if how == "drop":
             self.dead_letters.drop(letter.id, "the model says so")
-            if letter.event_id is not None:
-                self.model.dropped.add(letter.event_id)
+            self.model.dropped |= {one.event_id for one in parsed.events}
         else:
             self.dead_letters.fix(letter.id, raw)
             self.dead_letters.replay(letter.id)
-            self.model.letters -= {one.event_id for one in parsed.events}
             self.model.take(parsed.completions, parsed.events, self.now)
-        self._check_store()
 
     @rule(back=st.integers(0, 5))
     def slice(self, back: int) -> None:

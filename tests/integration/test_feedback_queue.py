@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 import redis.asyncio
-from feedback_samples import completion, thumb
+from feedback_samples import completion, event, thumb
 
 from feedback.entries import parse
 from feedback.queue import (
@@ -246,6 +246,35 @@ def test_a_lost_group_and_deleted_entries_do_not_stop_the_reader(admin: redis.Re
     (junk,) = stream.read(0)
     assert junk == Entry(junk.id, "", b"{b'junk': b'1'}")
     assert junk.schema == "1", "entries of before had none"
+
+
+async def test_what_is_stored_takes_no_memory_whoever_reads_and_dies(
+    queue: FeedbackQueue, admin: redis.Redis
+) -> None:
+    """Five megabytes pass through two readers, while a third has died with the first entries in hand."""
+    await queue.record([completion(f"dead-{i}") for i in range(20)])
+    dead = reader(admin, "dead", batch=20).read(0)
+    said_at_length = {"type": "demonstration", "completion_id": "c", "text": "x" * 900}
+    readers = [reader(admin, name, batch=100, claim_after_seconds=3600.0) for name in "ab"]
+    for wave in range(10):
+        said = [event(f"{wave}-{i}", said_at_length) for i in range(500)]
+        await queue.submit_batch(said, [f"key-{wave}-{i}" if i % 100 == 0 else None for i in range(500)])
+        assert admin.memory_usage(SETTINGS.stream, samples=0) > 400_000
+        for turn in range(5):
+            for stream in readers[turn % 2 :] + readers[: turn % 2]:
+                stream.done(stream.read(0))
+        assert await queue.depth() == len(dead)
+        assert admin.memory_usage(SETTINGS.stream, samples=0) < 40_000
+    heir = reader(admin, "heir", batch=100)
+    time.sleep(0.3)
+    assert heir.read(0) == dead
+    heir.done(dead)
+    assert admin.memory_usage(SETTINGS.stream, samples=0) < 10_000
+    assert _pending(admin) == []
+    # What is left besides are the idempotency keys, each until its time is up.
+    kept = [name for name in admin.keys("*") if name != SETTINGS.stream.encode()]
+    assert len(kept) == 50
+    assert all(admin.ttl(name) > 0 for name in kept)
 
 
 def test_consumers_that_are_long_gone_are_forgotten(

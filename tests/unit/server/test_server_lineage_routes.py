@@ -55,6 +55,7 @@ async def test_a_version_tells_its_rounds_and_its_events_page_by_page(learned: B
         query = "limit=3"
         while query:
             page = (await http.get(f"/v1/versions/policy-0001/lineage?{query}")).json()
+            assert ("rounds" in page) == (query == "limit=3")
             paged += page["events"]
             query = f"limit=3&after={page['next']}" if page["next"] else ""
         assert paged == found["events"]
