@@ -17,6 +17,7 @@ from feedback.events import Event, references
 from feedback.records import Completion
 from feedback.resolution import Part, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
+from feedback.tombstones import Tombstones, completion_names, event_names, raw_names
 
 # Bound parameters of one statement; SQLite takes 32,766, Postgres 65,535.
 _CHUNK = 500
@@ -34,7 +35,10 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class IngestCounts:
-    """What one batch did. `resolved` of the events stored or rejected had been waiting before."""
+    """What one batch did. `resolved` of the events stored or rejected had been waiting before.
+
+    `forgotten` are records that came after their rater or completion was forgotten, and left no trace.
+    """
 
     completions: int = 0
     stored: int = 0
@@ -44,6 +48,7 @@ class IngestCounts:
     resolved: int = 0
     duplicates: int = 0
     dead_letters: int = 0
+    forgotten: int = 0
 
     def __add__(self, other: "IngestCounts") -> "IngestCounts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -81,6 +86,8 @@ class Intake:
     ) -> IngestCounts:
         """Store what is new, in order, and settle the events that waited for it."""
         self._lock()
+        came = len(completions) + len(events) + len(letters)
+        completions, events, letters = self._without_forgotten(completions, events, letters)
         fresh = self._add_completions(completions)
         new = self._unknown(events)
         waiting = self._due({completion.id for completion in fresh})
@@ -91,6 +98,7 @@ class Intake:
             completions=len(fresh),
             duplicates=len(completions) - len(fresh) + len(events) - len(new),
             dead_letters=self._bury(letters),
+            forgotten=came - len(completions) - len(events) - len(letters),
         )
 
     def _lock(self) -> None:
@@ -101,6 +109,22 @@ class Intake:
     def _unlock(self) -> None:
         row = sa.update(tables.counter).where(tables.counter.c.name == "position")
         self._connection.execute(row.values(value=self._position))
+
+    def _without_forgotten(
+        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
+    ) -> tuple[list[Completion], list[Event], list[Letter]]:
+        tombstones = Tombstones(self._connection)
+        kept = (
+            tombstones.without(completions, lambda one: (completion_names(one), one.created_at)),
+            tombstones.without(events, lambda one: (event_names(one), one.received_at)),
+            tombstones.without(letters, lambda one: (raw_names(one.data), None)),
+        )
+        if tombstones.met:
+            # What came late passed through the queue, whose files are to be cleaned once more.
+            table = tables.forgettings
+            late = sa.update(table).where(table.c.id.in_(sorted(tombstones.met)))
+            self._connection.execute(late.values(late=table.c.late + 1, queue_at=None))
+        return kept
 
     def _add_completions(self, completions: Sequence[Completion]) -> list[Completion]:
         ids = {completion.id for completion in completions}

@@ -16,11 +16,13 @@ from sqlalchemy.engine import Connection, Engine
 
 from feedback import tables
 from feedback.events import Event, references
+from feedback.forgetting import Forgettings
 from feedback.intake import IngestCounts, Intake, Letter
 from feedback.queue import Entry
 from feedback.records import Completion
 from feedback.resolution import Status
 from feedback.rows import completion_of, event_of, without_nul
+from feedback.tombstones import Tombstones
 
 _CHUNK = 500
 
@@ -101,11 +103,17 @@ class Store:
         self._waiting_hours = waiting_hours
         self._clock = clock
 
+    @property
+    def forgettings(self) -> Forgettings:
+        """What was forgotten in this database."""
+        return Forgettings(self._engine, self._clock)
+
     def ingest(self, entries: Sequence[Entry]) -> IngestCounts:
         """Store a batch in one transaction; once it returns, the batch is committed.
 
         Idempotent: a completion (by id and part) or an event (by id) that is there already changes nothing.
-        What can't be parsed, or what the database can't hold, becomes a dead letter and blocks nothing else.
+        What was forgotten stays out. What can't be parsed, or what the database can't hold, becomes a dead
+        letter and blocks nothing else.
         Raises sqlalchemy.exc.SQLAlchemyError when the database is away; nothing is stored then.
         """
         completions, events, letters = _parse(entries)
@@ -153,8 +161,8 @@ class Store:
     def slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
         """Return the events with `cursor < position <= cutoff` that count at position `as_of`.
 
-        `as_of` is `cutoff` if not given. The same numbers give the same slice for ever: what was superseded
-        after `as_of` still counts in it.
+        `as_of` is `cutoff` if not given. The same numbers give the same slice: what was superseded after
+        `as_of` still counts in it. Only what was forgotten is missing, and completions past their retention.
         """
         columns = tables.events.c
         seen_from = cutoff if as_of is None else as_of
@@ -183,11 +191,16 @@ class Store:
             return _parts(connection, [(row.id, row.part) for row in connection.execute(query)])
 
     def replace_scores(self, round_id: int, scores: Iterable[ResponseScore]) -> None:
-        """Keep what the reward model of a round thinks of recorded responses, instead of all before."""
+        """Keep what the reward model of a round thinks of recorded responses, instead of all before.
+
+        Scores of completions that were forgotten meanwhile are left out.
+        """
         rows = {
             (score.completion_id, score.choice): {"round_id": round_id, **asdict(score)} for score in scores
         }
         with self._engine.begin() as connection:
+            gone = Tombstones(connection).among({("completion", id) for id, _ in rows})
+            rows = {key: row for key, row in rows.items() if ("completion", key[0]) not in gone}
             connection.execute(sa.delete(tables.response_scores))
             if rows:
                 connection.execute(sa.insert(tables.response_scores), list(rows.values()))

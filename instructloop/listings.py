@@ -51,6 +51,7 @@ def rounds(rounds: "Rounds") -> Rows:
     rows: Rows = [("ROUND", "STATE", "STAGE", "EVENTS", "STARTED", "TOOK", "VERSION", "NOTE", "ERROR")]
     for round_ in rounds.list():
         notes = ["pinned"] * round_.pinned
+        notes += ["without a rater"] * ("without_raters" in round_.config)
         notes += [] if round_.repeat_of is None else [f"repeats {round_.repeat_of}"]
         ended = round_.ended_at or time.time()
         took = "-" if round_.started_at is None else f"{(ended - round_.started_at) / 60:.1f} min"
