@@ -9,13 +9,14 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from feedback import tables
-from feedback.tombstones import Kind, Name, Tombstones, completion_of, digest, user_of
+from feedback.records import Completion
+from feedback.tombstones import Kind, Name, Tombstones, completion_names, completion_of, digest, user_of
 
 Subject = Literal["rater", "completion"]
 Step = Literal["queue", "files", "database"]
@@ -55,6 +56,13 @@ class Export:
     at: float
     cursor: int
     cutoff: int
+
+
+class Spool(Protocol):
+    """What keeps completion records on disk until the queue takes them."""
+
+    def keep(self, left_of: Callable[[Sequence[Completion]], Sequence[Completion]]) -> None:
+        """Rewrite the files with only those records that `left_of` returns of them; done again, no harm."""
 
 
 class Forgettings:
@@ -173,6 +181,13 @@ class Forgettings:
         """Return the positions of the events that were erased, each with the number of the erasure."""
         erasure = self.get(forgetting_id).erasure
         return [(position, erasure) for position in self.positions(forgetting_id)]
+
+    def left_of(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """Return the completions that are not forgotten."""
+        with self._reader.connect() as connection:
+            return Tombstones(connection).without(
+                completions, lambda one: (completion_names(one), one.created_at)
+            )
 
     def positions(self, forgetting_id: int) -> Sequence[int]:
         """Return the positions of the events that were erased, in order."""

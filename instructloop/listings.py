@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feedback.forgetting import Forgettings
     from feedback.keys import Keys
     from registry.registry import Registry
     from registry.round_record import Difference, RoundRecord
@@ -93,6 +94,26 @@ def differences(found: "Sequence[Difference]", old: str, new: str) -> Rows:
     """List what differs between two rounds; values that are too wide for a line are cut."""
     rows: Rows = [("PART", "NAME", old, new)]
     rows += [(item.section, item.name, _cut(item.old), _cut(item.new)) for item in found]
+    return rows
+
+
+def forgettings(forgettings: "Forgettings") -> Rows:
+    """Every forgetting: who was forgotten only as a digest, what went, what is left to do."""
+    rows: Rows = [("NUMBER", "KIND", "SHA256", "WHEN", "BY", "COMPLETIONS", "EVENTS", "LEFT TO DO")]
+    for one in forgettings.list():
+        counts = [str(one.counts.get(name, 0)) for name in ("completions", "events")]
+        left = ["database's rows"] * (one.erasure is None) + list(one.left)
+        rows.append(
+            (
+                str(one.id),
+                one.kind,
+                one.digest[:16],
+                _when(one.at),
+                one.actor,
+                *counts,
+                ", ".join(left) or "-",
+            )
+        )
     return rows
 
 

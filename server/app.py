@@ -37,6 +37,7 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.recorder import Recorder
 from server.routes_feedback import FeedbackRoutes
+from server.routes_forget import ForgetRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
@@ -111,6 +112,7 @@ async def serve(
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
             ).router(),
+            ForgetRoutes(forgettings=store.forgettings, registry=registry, rounds=rounds).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,

@@ -5,7 +5,7 @@ What an event may say is decided in `server.feedback_events`; that it is durable
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -117,7 +117,9 @@ class FeedbackRoutes:
             # It may have moved from the queue to the store between the two looks.
             stored = await anyio.to_thread.run_sync(self._store.event, event_id)
         if stored is None:
-            raise Problem(404, f"no such event: {event_id}")
+            raise await anyio.to_thread.run_sync(
+                self._missing, "event", event_id, f"no such event: {event_id}"
+            )
         _check_giver(caller, stored.event.key_id, stored.event.rater)
         return await anyio.to_thread.run_sync(self._described, stored)
 
@@ -128,7 +130,8 @@ class FeedbackRoutes:
             check_owner(completion_id, caller, self._identity)
         parts = await anyio.to_thread.run_sync(self._store.completion, completion_id)
         if not parts:
-            raise Problem(404, f"no record of {completion_id}, or not yet")
+            absent = f"no record of {completion_id}, or not yet"
+            raise await anyio.to_thread.run_sync(self._missing, "completion", completion_id, absent)
         events = await anyio.to_thread.run_sync(self._store.events_of, completion_id)
         return _record(parts, events)
 
@@ -143,9 +146,20 @@ class FeedbackRoutes:
         return {"queries": [_query(query) for query in found]}
 
     async def _event(self, fields: dict[str, Any], caller: Caller) -> Event:
-        return await anyio.to_thread.run_sync(
-            event_from, fields, caller, self._identity, self._store.completion
-        )
+        return await anyio.to_thread.run_sync(event_from, fields, caller, self._identity, self._look_up)
+
+    def _look_up(self, completion_id: str) -> list[Completion]:
+        parts = self._store.completion(completion_id)
+        # Ingest would drop an event on it, and its receipt would be about nothing.
+        if not parts and self._store.forgettings.is_forgotten("completion", completion_id):
+            raise Problem(410, f"{completion_id} was forgotten", param="completion_id")
+        return parts
+
+    def _missing(self, kind: Literal["completion", "event"], id: str, absent: str) -> Problem:
+        """Say of something that is not there whether it was forgotten."""
+        if self._store.forgettings.is_forgotten(kind, id):
+            return Problem(410, f"{id} was forgotten")
+        return Problem(404, absent)
 
     async def _durably(self, work: Any) -> Any:
         """Await queue work, speaking of its failures over HTTP."""
