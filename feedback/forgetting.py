@@ -24,6 +24,10 @@ Step = Literal["queue", "files", "database"]
 _CHUNK = 500
 
 
+class NotARater(ValueError):  # noqa: N818
+    """An id that no rater can have; the message says how one looks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forgetting:
     """Who or what was forgotten, by whom, when (Unix seconds), and how far it is.
@@ -78,11 +82,10 @@ class Forgettings:
 
         From here on nothing of a completion, and nothing that a rater made up to this moment, gets into the
         store any more, and a process that ends before `erase` has begun leaves that to the next.
+        Raises NotARater.
         """
         if kind == "rater" and "/" not in id:
-            raise ValueError(
-                f"{id!r} is not a rater's id: that is <key id>/<name>, as in the stored feedback"
-            )
+            raise NotARater(f"{id!r} is not a rater's id: that is <key id>/<name>, as in the stored feedback")
         names: list[Name] = [(kind, id)]
         if kind == "rater" and (own := completion_of(id)) is not None:
             names.append(("completion", own))

@@ -25,6 +25,7 @@ USAGE_ERROR = 2
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
+    ("feedback.forgetting", "NotARater"),
     ("feedback.queue", "QueueUnavailable"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),

@@ -10,7 +10,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from feedback.forgetting import Forgettings, Subject
+from feedback.forgetting import Forgettings, NotARater, Subject
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.context import CALLER
@@ -49,7 +49,7 @@ class ForgetRoutes:
 
         try:
             return JSONResponse(await anyio.to_thread.run_sync(erase), 202)
-        except ValueError as error:
+        except NotARater as error:
             raise Problem(422, str(error), param=kind) from None
 
     async def all(self) -> dict[str, Any]:
