@@ -16,12 +16,22 @@ from sqlalchemy.engine import Connection, Engine
 
 from feedback import tables
 from feedback.records import Completion
-from feedback.tombstones import Kind, Name, Tombstones, completion_names, completion_of, digest, user_of
+from feedback.tombstones import (
+    Kind,
+    Name,
+    Tombstone,
+    Tombstones,
+    completion_names,
+    completion_of,
+    digest,
+    user_of,
+)
 
 Subject = Literal["rater", "completion"]
 Step = Literal["queue", "files", "database"]
 
 _CHUNK = 500
+_UNDER_WAY = 0.0
 
 
 class NotARater(ValueError):  # noqa: N818
@@ -33,7 +43,7 @@ class Forgetting:
     """Who or what was forgotten, by whom, when (Unix seconds), and how far it is.
 
     `erasure` numbers erasures in the order in which the database committed them; None before. `counts` says
-    how many records went. `left` are the steps that are still to be done.
+    how many records went, or were kept out. `left` are the steps that are still to be done.
     """
 
     id: int
@@ -144,31 +154,27 @@ class Forgettings:
     def unfinished(self) -> Sequence[Forgetting]:
         """Return the forgettings of which something is left to do, oldest first."""
         table = tables.forgettings
-        left = sa.or_(table.c.erasure.is_(None), *(table.c[f"{step}_at"].is_(None) for step in _STEPS))
+        steps = [sa.func.coalesce(table.c[f"{step}_at"], _UNDER_WAY) == _UNDER_WAY for step in _STEPS]
+        left = sa.or_(table.c.erasure.is_(None), *steps)
         with self._reader.connect() as connection:
             rows = connection.execute(sa.select(table).where(left).order_by(table.c.id))
             return [_forgetting(row) for row in rows]
 
-    def late(self, forgetting_ids: Sequence[int]) -> dict[int, int]:
-        """Count, for each forgetting, the batches of the queue that had something of it afterwards."""
-        table = tables.forgettings
-        query = sa.select(table.c.id, table.c.late).where(table.c.id.in_(list(forgetting_ids)))
-        with self._reader.connect() as connection:
-            return {row.id: row.late for row in connection.execute(query)}
+    def step_begins(self, step: Step, forgetting_ids: Sequence[int]) -> None:
+        """Note that a step is under way, until `step_done`; until then it is left to do."""
+        self._set(step, forgetting_ids, _UNDER_WAY)
 
-    def step_done(self, step: Step, late: Mapping[int, int]) -> None:
-        """Note that a step is done for the forgettings in `late`, as they were when it began.
+    def step_done(self, step: Step, forgetting_ids: Sequence[int]) -> None:
+        """Note that a step is done, unless something gave reason to do it again since it began."""
+        self._set(step, forgetting_ids, self._clock(), before=_UNDER_WAY)
 
-        The queue's is not done for one of which something came through it meanwhile.
-        """
-        table = tables.forgettings
+    def _set(
+        self, step: Step, forgetting_ids: Sequence[int], value: float, before: float | None = None
+    ) -> None:
+        table, column = tables.forgettings, tables.forgettings.c[f"{step}_at"]
+        change = sa.update(table).where(table.c.id.in_(list(forgetting_ids))).values({column: value})
         with self._engine.begin() as connection:
-            for id, count in late.items():
-                unchanged = (
-                    (table.c.id == id, table.c.late == count) if step == "queue" else (table.c.id == id,)
-                )
-                change = {f"{step}_at": self._clock()}
-                connection.execute(sa.update(table).where(*unchanged).values(**change))
+            connection.execute(change if before is None else change.where(column == before))
 
     def is_forgotten(self, kind: Kind, id: str) -> bool:
         """Whether there is a tombstone of this name."""
@@ -270,8 +276,8 @@ def _forgetting(row: sa.Row[Any]) -> Forgetting:
         actor=row.actor,
         at=row.at,
         erasure=row.erasure,
-        counts=row.counts or {},
-        left=tuple(step for step in _STEPS if row._mapping[f"{step}_at"] is None),
+        counts=(row.counts or {}) | {"in_the_queue": row.late},
+        left=tuple(step for step in _STEPS if not row._mapping[f"{step}_at"]),
     )
 
 
@@ -300,11 +306,43 @@ def _bury(connection: Connection, id: int, at: float, names: Sequence[tuple[Name
         connection.execute(sa.insert(table), graves)
 
 
+def bury_late(connection: Connection, kept_out: Mapping[Name, Tombstone]) -> None:
+    """Give what was kept out by another name a tombstone of its own; what waits for such a completion goes.
+
+    So votes on it are kept out, too, and the events' idempotency keys are found.
+    """
+    known = Tombstones(connection).among(kept_out)
+    by_tombstone: dict[Tombstone, list[Name]] = {}
+    for name, by in kept_out.items():
+        if name not in known:
+            by_tombstone.setdefault(by, []).append(name)
+    for by, names in by_tombstone.items():
+        waiting = _judging(connection, [id for kind, id in names if kind == "completion"])
+        _delete(connection, (), waiting)
+        buried: list[tuple[Name, int | None]] = [(name, None) for name in names]
+        buried += [(("event", id), position) for id, position in waiting.items()]
+        _bury(connection, by.forgetting_id, by.at, buried)
+
+
+def _judging(connection: Connection, completion_ids: Collection[str]) -> dict[str, int | None]:
+    """Return the ids of the events that judge one of the completions, with their positions."""
+    events, targets = tables.events.c, tables.event_targets.c
+    found: dict[str, int | None] = {}
+    for chunk in _chunks(completion_ids):
+        query = (
+            sa.select(events.event_id, events.position)
+            .join(tables.event_targets, targets.event_id == events.event_id)
+            .where(targets.completion_id.in_(chunk))
+        )
+        found |= {row.event_id: row.position for row in connection.execute(query)}
+    return found
+
+
 def _found(
     connection: Connection, kind: Subject, subject: str, at: float
 ) -> tuple[list[str], dict[str, int | None]]:
     """Return the ids of the completions that go, and of the events with their positions."""
-    completions, events, targets = tables.completions.c, tables.events.c, tables.event_targets.c
+    completions, events = tables.completions.c, tables.events.c
     ids, found = {subject} if kind == "completion" else set(), {}
     if kind == "rater":
         own = sa.select(events.event_id, events.position).where(
@@ -318,13 +356,7 @@ def _found(
             ids |= set(connection.execute(asked).scalars())
         elif (one := completion_of(subject)) is not None:
             ids.add(one)
-    for chunk in _chunks(ids):
-        judging = (
-            sa.select(events.event_id, events.position)
-            .join(tables.event_targets, targets.event_id == events.event_id)
-            .where(targets.completion_id.in_(chunk))
-        )
-        found |= {row.event_id: row.position for row in connection.execute(judging)}
+    found |= _judging(connection, ids)
     there: set[str] = set()
     for chunk in _chunks(ids):
         there |= set(connection.execute(sa.select(completions.id).where(completions.id.in_(chunk))).scalars())

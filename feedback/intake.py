@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from feedback import tables
 from feedback.events import Event, references
+from feedback.forgetting import bury_late
 from feedback.records import Completion
 from feedback.resolution import Part, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
@@ -73,10 +74,16 @@ class _Holder:
 
 
 class Intake:
-    """Takes one batch into the database over an open transaction. `now` is in Unix seconds."""
+    """Takes one batch into the database over an open transaction. `now` is in Unix seconds.
 
-    def __init__(self, connection: Connection, *, now: float, waiting_hours: float) -> None:
+    `cleaning` says that the batch comes from a stream that is deleted afterwards.
+    """
+
+    def __init__(
+        self, connection: Connection, *, now: float, waiting_hours: float, cleaning: bool = False
+    ) -> None:
         self._connection = connection
+        self._cleaning = cleaning
         self._now = now
         self._expired_before = now - waiting_hours * 3600
         self._position = 0
@@ -114,17 +121,24 @@ class Intake:
         self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
     ) -> tuple[list[Completion], list[Event], list[Letter]]:
         tombstones = Tombstones(self._connection)
-        kept = (
-            tombstones.without(completions, lambda one: (completion_names(one), one.created_at)),
-            tombstones.without(events, lambda one: (event_names(one), one.received_at)),
-            tombstones.without(letters, lambda one: (raw_names(one.data), None)),
-        )
+        if not tombstones.any:
+            return list(completions), list(events), list(letters)
+        # One after the other: a completion that is kept out takes its events with it.
+        completions = tombstones.without(completions, lambda one: (completion_names(one), one.created_at))
+        bury_late(self._connection, tombstones.kept_out)
+        events = tombstones.without(events, lambda one: (event_names(one), one.received_at))
+        letters = tombstones.without(letters, lambda one: (raw_names(one.data), None))
+        bury_late(self._connection, tombstones.kept_out)
         if tombstones.met:
-            # What came late passed through the queue, whose files are to be cleaned once more.
             table = tables.forgettings
-            late = sa.update(table).where(table.c.id.in_(sorted(tombstones.met)))
-            self._connection.execute(late.values(late=table.c.late + 1, queue_at=None))
-        return kept
+            late = sa.update(table).where(table.c.id == sa.bindparam("forgetting"))
+            late = late.values(late=table.c.late + sa.bindparam("count"))
+            if not self._cleaning:
+                # It passed through the queue, whose files are to be cleaned once more.
+                late = late.values(queue_at=None)
+            rows = [{"forgetting": id, "count": count} for id, count in sorted(tombstones.met.items())]
+            self._connection.execute(late, rows)
+        return completions, events, letters
 
     def _add_completions(self, completions: Sequence[Completion]) -> list[Completion]:
         ids = {completion.id for completion in completions}

@@ -61,6 +61,7 @@ return 1
 """
 _PIPELINE = 500
 _SAVE_SECONDS = 600.0
+_TURN_SECONDS = 10.0
 _DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 
 
@@ -317,23 +318,28 @@ class QueueCleaning:
         self._store = store
         self._forgotten = forgotten
         self._aside = f"{{{settings.stream}}}:aside"
+        self._turn = self._client.lock(f"{{{settings.stream}}}:cleaning", timeout=_TURN_SECONDS)
 
     def run(self) -> None:
         """Clean stream, receipts, idempotency keys and files; raises redis.RedisError and OSError.
 
+        Waits for another process that is at it; for one that was killed, ten seconds.
+
         Deleting an entry only marks it where its neighbours in Redis' memory stay, and a snapshot then still
         has its text. So the stream is set aside as a whole, emptied into the store and deleted.
         """
-        self._empty()  # what one that was killed had set aside
-        if self._client.eval(_SET_ASIDE, 2, self._settings.stream, self._aside, self._settings.group):
-            self._empty()
-        self._delete_idempotency_keys()
-        self._rewrite_files()
+        with self._turn:
+            self._empty()  # what one that was killed had set aside
+            if self._client.eval(_SET_ASIDE, 2, self._settings.stream, self._aside, self._settings.group):
+                self._empty()
+            self._delete_idempotency_keys()
+            self._rewrite_files()
 
     def _empty(self) -> None:
         while raw := self._client.xrange(self._aside, count=self._settings.batch):
             entries = [_entry(id, fields) for id, fields in raw]
             self._store(entries)
+            self._turn.reacquire()
             with self._client.pipeline(transaction=True) as pipeline:
                 pipeline.xdel(self._aside, *(entry.id for entry in entries))
                 for entry in entries:
@@ -380,6 +386,7 @@ class QueueCleaning:
                 return found
             if time.monotonic() > deadline:
                 raise redis.RedisError(f"Redis has been writing its files for {_SAVE_SECONDS:g} s")
+            self._turn.reacquire()
             time.sleep(0.05)
 
 

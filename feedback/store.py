@@ -108,24 +108,25 @@ class Store:
         """What was forgotten in this database."""
         return Forgettings(self._engine, self._clock)
 
-    def ingest(self, entries: Sequence[Entry]) -> IngestCounts:
+    def ingest(self, entries: Sequence[Entry], *, cleaning: bool = False) -> IngestCounts:
         """Store a batch in one transaction; once it returns, the batch is committed.
 
         Idempotent: a completion (by id and part) or an event (by id) that is there already changes nothing.
         What was forgotten stays out. What can't be parsed, or what the database can't hold, becomes a dead
-        letter and blocks nothing else.
+        letter and blocks nothing else. `cleaning` says that the entries come from a stream that is being
+        cleaned of what was forgotten.
         Raises sqlalchemy.exc.SQLAlchemyError when the database is away; nothing is stored then.
         """
         completions, events, letters = _parse(entries)
         try:
-            return self._commit(completions, events, letters)
+            return self._commit(completions, events, letters, cleaning)
         except exc.StatementError as problem:
             if not _blames_the_data(problem):
                 raise
         # Find the one to blame by storing each by itself; the others get in.
-        counts = self._commit([], [], letters)
+        counts = self._commit([], [], letters, cleaning)
         for entry in entries:
-            counts += self._ingest_alone(entry)
+            counts += self._ingest_alone(entry, cleaning)
         return counts
 
     def completion(self, id: str) -> list[Completion]:
@@ -256,21 +257,27 @@ class Store:
             return counts | {"dead_letters": _size(connection, tables.dead_letters)}
 
     def _commit(
-        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
+        self,
+        completions: Sequence[Completion],
+        events: Sequence[Event],
+        letters: Sequence[Letter],
+        cleaning: bool,
     ) -> IngestCounts:
         with self._engine.begin() as connection:
-            intake = Intake(connection, now=self._clock(), waiting_hours=self._waiting_hours)
+            intake = Intake(
+                connection, now=self._clock(), waiting_hours=self._waiting_hours, cleaning=cleaning
+            )
             return intake.take(completions, events, letters)
 
-    def _ingest_alone(self, entry: Entry) -> IngestCounts:
+    def _ingest_alone(self, entry: Entry, cleaning: bool) -> IngestCounts:
         completions, events, _ = _parse([entry])
         try:
-            return self._commit(completions, events, [])
+            return self._commit(completions, events, [], cleaning)
         except exc.StatementError as problem:
             if not _blames_the_data(problem):
                 raise
             letter = Letter(entry.id, entry.kind, entry.data, f"the database refused it: {problem.orig}")
-            return self._commit([], [], [letter])
+            return self._commit([], [], [letter], cleaning)
 
 
 def _parse(entries: Iterable[Entry]) -> tuple[list[Completion], list[Event], list[Letter]]:

@@ -6,6 +6,7 @@ tombstones is `forgetting`.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -91,17 +92,22 @@ class Tombstone:
 
 
 class Tombstones:
-    """Looks tombstones up over an open transaction. `met` are the forgettings of which it found some."""
+    """Looks tombstones up over an open transaction.
+
+    `kept_out` has the own name of each record that it kept out, with the tombstone that did; `met` counts
+    them by forgetting.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         first = sa.select(tables.tombstones.c.digest).limit(1)
-        self._any = connection.execute(first).first() is not None
-        self.met: set[int] = set()
+        self.any = connection.execute(first).first() is not None
+        self.met: Counter[int] = Counter()
+        self.kept_out: dict[Name, Tombstone] = {}
 
     def among(self, names: Iterable[Name]) -> dict[Name, Tombstone]:
         """Return the tombstones of those names that have one."""
-        by_digest = {digest(name): name for name in names} if self._any else {}
+        by_digest = {digest(name): name for name in names} if self.any else {}
         digests, table, found = sorted(by_digest), tables.tombstones, {}
         for start in range(0, len(digests), _CHUNK):
             query = sa.select(table).where(table.c.digest.in_(digests[start : start + _CHUNK]))
@@ -112,22 +118,24 @@ class Tombstones:
     def without(
         self, records: Sequence[Record], names_and_time: Callable[[Record], tuple[list[Name], float | None]]
     ) -> list[Record]:
-        """Return the records that are not forgotten.
+        """Return the records that are not forgotten. The first of a record's names is its own.
 
         A rater's tombstone holds for what was made up to its moment, or at a time that nobody knows.
         """
-        if not self._any:
+        if not self.any:
             return list(records)
         described = [names_and_time(record) for record in records]
         found = self.among(name for names, _ in described for name in names)
         kept = []
         for record, (names, made_at) in zip(records, described, strict=True):
-            hits = {
-                found[name].forgetting_id
+            hits = [
+                found[name]
                 for name in names
                 if name in found and (name[0] != "rater" or made_at is None or made_at <= found[name].at)
-            }
-            self.met |= hits
+            ]
             if not hits:
                 kept.append(record)
+                continue
+            self.met.update({hit.forgetting_id for hit in hits})
+            self.kept_out[names[0]] = hits[0]
         return kept

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
@@ -86,13 +87,14 @@ class Upkeep:
             due = [one for one in self._forgettings.unfinished() if step in one.left]
             if not due:
                 continue
-            late = self._forgettings.late([one.id for one in due])
+            ids = [one.id for one in due]
+            self._forgettings.step_begins(step, ids)
             try:
                 work(due)
             except (RedisError, SQLAlchemyError, OSError) as problem:
                 problems[step] = str(problem)
             else:
-                self._forgettings.step_done(step, late)
+                self._forgettings.step_done(step, ids)
         return problems
 
     def expire(self, stop: threading.Event) -> int:
@@ -130,7 +132,8 @@ class Upkeep:
 
         for spool in self._spools:
             spool.keep(self._forgettings.left_of)
-        QueueCleaning(self._client, self._config.queue, self._store.ingest, forgotten).run()
+        ingest = partial(self._store.ingest, cleaning=True)
+        QueueCleaning(self._client, self._config.queue, ingest, forgotten).run()
 
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
         """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes."""

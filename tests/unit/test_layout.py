@@ -98,6 +98,8 @@ def light_modules() -> list[str]:
         "doctor",
         "listings",
         "rounds",
+        "forget",
+        "upkeep",
         "parts",
         "model",
         "database",
