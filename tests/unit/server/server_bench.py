@@ -23,6 +23,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.metrics import ServerMetrics
 from server.routes_feedback import FeedbackRoutes
+from server.routes_forget import ForgetRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
@@ -116,6 +117,9 @@ class Bench:
                 identity=self.identity,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
+            ).router(),
+            ForgetRoutes(
+                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds
             ).router(),
             OperatorRoutes(
                 registry=self.registry,
