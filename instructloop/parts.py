@@ -169,8 +169,11 @@ def compare_algorithms(
 
     engine = installation.open_database(config)
     store, registry = Store(engine, config.store.waiting_hours), installation.open_registry(config, engine)
+    chosen = compare.slice_to_compare(store, registry, Rounds(engine), round_id)
+    # Prompts and answers will stand in it: who forgets one of them is told.
+    store.forgettings.note_export(str(output.resolve()), "comparison", chosen["cursor"], chosen["cutoff"])
     run = compare.ComparisonRun(
-        compare.slice_to_compare(store, registry, Rounds(engine), round_id),
+        chosen,
         output,
         training=config.training,
         evaluation=config.evaluation,
@@ -181,7 +184,6 @@ def compare_algorithms(
     )
     compared = run.compare(algorithms, range(config.training.seed, config.training.seed + seeds))
     compare.write(compared, output)
-    store.forgettings.note_export(str(output.resolve()), "comparison", *compared["slice"])
     return compare.table(compared)
 
 

@@ -188,3 +188,38 @@ def test_what_is_forgotten_beside_a_round_does_not_end_it(
 
     monkeypatch.setattr(installation.rounds, "stage", forget_at)
     assert once(installation).state == "done"
+
+
+def test_of_a_rounds_files_only_samples_hold_texts(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What forgetting deletes of a round is all that there is: nothing of the data set lies about."""
+    installation.give_feedback(seed=1)
+    troll(installation, 1)
+    prompts = {
+        str(one.messages[-1]["content"])
+        for parts in installation.store.slice(0, EVENTS).completions.values()
+        for one in parts
+        if one.messages is not None
+    }
+    while_it_ran: set[str] = set()
+    begin = installation.rounds.stage
+
+    def look(round_id: int, name: str, state: str, *result: Any) -> None:
+        while_it_ran.update(files_with(installation.directory / "rounds", {*prompts, TROLL}))
+        begin(round_id, name, state, *result)
+
+    monkeypatch.setattr(installation.rounds, "stage", look)
+    settings = {"sft_minimum": 4, "sft_epochs": 2}
+    assert once(installation, **settings).state == "done"
+    assert while_it_ran == {"0001/samples.jsonl"}
+    assert files_with(installation.directory / "rounds", {*prompts, TROLL}) == {"0001/samples.jsonl"}
+    assert files_with(installation.directory / "versions", {*prompts, TROLL}) == set()
+
+
+def files_with(directory: Path, texts: set[str]) -> set[str]:
+    return {
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and any(text.encode() in path.read_bytes() for text in texts)
+    }
