@@ -16,9 +16,11 @@ from sqlalchemy.engine import Connection
 from feedback import tables
 from feedback.entries import Letter
 from feedback.events import Event, references
+from feedback.forgetting import bury_late
 from feedback.records import Completion
 from feedback.resolution import Part, Status, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
+from feedback.tombstones import Tombstones, completion_names, event_names, raw_names
 
 # Bound parameters of one statement; SQLite takes 32,766, Postgres 65,535.
 _CHUNK = 500
@@ -26,7 +28,10 @@ _CHUNK = 500
 
 @dataclass(frozen=True, slots=True)
 class IngestCounts:
-    """What one batch did. `resolved` of the events stored or rejected were there before, mostly waiting."""
+    """What one batch did. `resolved` of the events stored or rejected had been waiting before.
+
+    `forgotten` are records that came after their rater or completion was forgotten, and left no trace.
+    """
 
     completions: int = 0
     stored: int = 0
@@ -36,6 +41,7 @@ class IngestCounts:
     resolved: int = 0
     duplicates: int = 0
     dead_letters: int = 0
+    forgotten: int = 0
 
     def __add__(self, other: "IngestCounts") -> "IngestCounts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -60,10 +66,16 @@ class _Holder:
 
 
 class Intake:
-    """Takes one batch into the database over an open transaction. `now` is in Unix seconds."""
+    """Takes one batch into the database over an open transaction. `now` is in Unix seconds.
 
-    def __init__(self, connection: Connection, *, now: float, waiting_hours: float) -> None:
+    `cleaning` says that the batch comes from a stream that is deleted afterwards.
+    """
+
+    def __init__(
+        self, connection: Connection, *, now: float, waiting_hours: float, cleaning: bool = False
+    ) -> None:
         self._connection = connection
+        self._cleaning = cleaning
         self._now = now
         self._expired_before = now - waiting_hours * 3600
         self._position = 0
@@ -73,6 +85,8 @@ class Intake:
     ) -> IngestCounts:
         """Store what is new, in order, and settle the events that waited for it."""
         self._lock()
+        came = len(completions) + len(events) + len(letters)
+        completions, events, letters = self._without_forgotten(completions, events, letters)
         fresh = self._add_completions(completions)
         new = self._unknown(events)
         due = self._due({completion.id for completion in fresh})
@@ -83,6 +97,7 @@ class Intake:
             completions=len(fresh),
             duplicates=len(completions) - len(fresh) + len(events) - len(new),
             dead_letters=self._bury(letters),
+            forgotten=came - len(completions) - len(events) - len(letters),
         )
 
     def _lock(self) -> None:
@@ -93,6 +108,29 @@ class Intake:
     def _unlock(self) -> None:
         row = sa.update(tables.counter).where(tables.counter.c.name == "position")
         self._connection.execute(row.values(value=self._position))
+
+    def _without_forgotten(
+        self, completions: Sequence[Completion], events: Sequence[Event], letters: Sequence[Letter]
+    ) -> tuple[list[Completion], list[Event], list[Letter]]:
+        tombstones = Tombstones(self._connection)
+        if not tombstones.any:
+            return list(completions), list(events), list(letters)
+        # One after the other: a completion that is kept out takes its events with it.
+        completions = tombstones.without(completions, lambda one: (completion_names(one), one.created_at))
+        bury_late(self._connection, tombstones.kept_out)
+        events = tombstones.without(events, lambda one: (event_names(one), one.received_at))
+        letters = tombstones.without(letters, lambda one: (raw_names(one.data), None))
+        bury_late(self._connection, tombstones.kept_out)
+        if tombstones.met:
+            table = tables.forgettings
+            late = sa.update(table).where(table.c.id == sa.bindparam("forgetting"))
+            late = late.values(late=table.c.late + sa.bindparam("count"))
+            if not self._cleaning:
+                # It passed through the queue, whose files are to be cleaned once more.
+                late = late.values(queue_at=None)
+            rows = [{"forgetting": id, "count": count} for id, count in sorted(tombstones.met.items())]
+            self._connection.execute(late, rows)
+        return completions, events, letters
 
     def _add_completions(self, completions: Sequence[Completion]) -> list[Completion]:
         ids = {completion.id for completion in completions}

@@ -8,8 +8,9 @@ lies in the stream's hash slot (`{stream}:…`), so that the script also runs on
 import asyncio
 import hashlib
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,25 @@ for _, found in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
 end
 """
 _FORGET_CONSUMERS_AFTER_SECONDS = 24 * 3600
+
+# Takes the stream out of the way, with all that is in it, and goes on with an empty one. Ids go on from where
+# they were: who took an entry before and acknowledges it now must not hit a new one of the same id.
+# KEYS: stream, where to. ARGV: group.
+_SET_ASIDE = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 1 end
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) == 0 then return 0 end
+local info, last = redis.call('XINFO', 'STREAM', KEYS[1]), nil
+for i = 1, #info, 2 do
+  if info[i] == 'last-generated-id' then last = info[i + 1] end
+end
+redis.call('RENAME', KEYS[1], KEYS[2])
+redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], last, 'MKSTREAM')
+redis.call('XSETID', KEYS[1], last)
+return 1
+"""
 _PIPELINE = 500
+_SAVE_SECONDS = 600.0
+_TURN_SECONDS = 10.0
 _DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 
 
@@ -325,6 +344,97 @@ class StreamReader:
         except redis.ResponseError as problem:
             if not str(problem).startswith("BUSYGROUP"):  # another process was quicker
                 raise
+
+
+class QueueCleaning:
+    """Gets what was forgotten out of Redis, its files too. The client must not decode responses.
+
+    `store` takes entries into the store, which leaves out what was forgotten; `forgotten` returns those of
+    some event ids whose events were. Killed anywhere, all of it can be done again.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        settings: QueueSettings,
+        store: Callable[[Sequence[Entry]], object],
+        forgotten: Callable[[Sequence[str]], set[str]],
+    ) -> None:
+        self._client: Any = client
+        self._settings = settings
+        self._store = store
+        self._forgotten = forgotten
+        self._aside = f"{{{settings.stream}}}:aside"
+        self._turn = self._client.lock(f"{{{settings.stream}}}:cleaning", timeout=_TURN_SECONDS)
+
+    def run(self) -> None:
+        """Clean stream, receipts, idempotency keys and files; raises redis.RedisError and OSError.
+
+        Waits for another process that is at it; for one that was killed, ten seconds.
+
+        Deleting an entry only marks it where its neighbours in Redis' memory stay, and a snapshot then still
+        has its text. So the stream is set aside as a whole, emptied into the store and deleted.
+        """
+        with self._turn:
+            self._empty()  # what one that was killed had set aside
+            if self._client.eval(_SET_ASIDE, 2, self._settings.stream, self._aside, self._settings.group):
+                self._empty()
+            self._delete_idempotency_keys()
+            self._rewrite_files()
+
+    def _empty(self) -> None:
+        while raw := self._client.xrange(self._aside, count=self._settings.batch):
+            entries = [_entry(id, fields) for id, fields in raw]
+            self._store(entries)
+            self._turn.reacquire()
+            with self._client.pipeline(transaction=True) as pipeline:
+                pipeline.xdel(self._aside, *(entry.id for entry in entries))
+                for entry in entries:
+                    if entry.event_id is not None:
+                        pipeline.delete(_receipt_key(self._settings, entry.event_id))
+                pipeline.execute()
+        self._client.delete(self._aside)
+
+    def _delete_idempotency_keys(self) -> None:
+        literal = re.sub(r"([*?\[\]^\\-])", r"\\\1", self._settings.stream)
+        pattern = f"{{{literal}}}:idempotency:*"
+        keys = list(self._client.scan_iter(match=pattern, count=_PIPELINE))
+        for start in range(0, len(keys), _PIPELINE):
+            chunk = keys[start : start + _PIPELINE]
+            # What was said as a digest of 64 digits, a colon, the event's id.
+            ids = {
+                key: _text(value)[65:]
+                for key, value in zip(chunk, self._client.mget(chunk), strict=True)
+                if value
+            }
+            gone = self._forgotten(sorted(ids.values()))
+            if found := [key for key, event_id in ids.items() if event_id in gone]:
+                self._client.delete(*found)
+
+    def _rewrite_files(self) -> None:
+        """Write the log of commands anew, and the snapshot where Redis is set up to make some."""
+        snapshots = [_text(value) for value in self._client.config_get("save").values()]
+        self._save("bgrewriteaof", "aof_last_bgrewrite_status")
+        if any(snapshots):
+            self._save("bgsave", "rdb_last_bgsave_status")
+
+    def _save(self, command: str, status: str) -> None:
+        deadline = time.monotonic() + _SAVE_SECONDS
+        self._wait_until_saved(deadline)  # one that runs began before
+        getattr(self._client, command)()
+        if self._wait_until_saved(deadline).get(status) != "ok":
+            raise redis.RedisError(f"{command.upper()} failed: see Redis' own log")
+
+    def _wait_until_saved(self, deadline: float) -> Mapping[str, Any]:
+        names = ("aof_rewrite_in_progress", "aof_rewrite_scheduled", "rdb_bgsave_in_progress")
+        while True:
+            found: Mapping[str, Any] = self._client.info("persistence")
+            if not any(found.get(name) for name in names):
+                return found
+            if time.monotonic() > deadline:
+                raise redis.RedisError(f"Redis has been writing its files for {_SAVE_SECONDS:g} s")
+            self._turn.reacquire()
+            time.sleep(0.05)
 
 
 def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:

@@ -39,3 +39,6 @@ class StoreSettings(BaseModel):
     waiting_hours: float = Field(
         24.0, gt=0, description="hours that feedback waits for the record of its completion"
     )
+    retention_days: float | None = Field(
+        None, gt=0, description="days after which completions and their texts are deleted; none keeps them"
+    )

@@ -15,11 +15,13 @@ from sqlalchemy.engine import Connection, Engine
 from feedback import tables
 from feedback.entries import Parsed, letter, parse
 from feedback.events import Event, references
+from feedback.forgetting import Forgettings
 from feedback.intake import IngestCounts, Intake, blames_the_data, refusal
 from feedback.queue import Entry
 from feedback.records import Completion
 from feedback.resolution import Status
 from feedback.rows import completion_of, event_of
+from feedback.tombstones import Tombstones
 
 _CHUNK = 500
 
@@ -89,23 +91,30 @@ class Store:
         self._waiting_hours = waiting_hours
         self._clock = clock
 
-    def ingest(self, entries: Sequence[Entry]) -> IngestCounts:
+    @property
+    def forgettings(self) -> Forgettings:
+        """What was forgotten in this database."""
+        return Forgettings(self._engine, self._clock)
+
+    def ingest(self, entries: Sequence[Entry], *, cleaning: bool = False) -> IngestCounts:
         """Store a batch in one transaction; once it returns, the batch is committed.
 
         Idempotent: a completion (by id and part) or an event (by id) that is there already changes nothing.
-        What can't be parsed, or what the database can't hold, becomes a dead letter and blocks nothing else.
+        What was forgotten stays out. What can't be parsed, or what the database can't hold, becomes a dead
+        letter and blocks nothing else. `cleaning` says that the entries come from a stream that is being
+        cleaned of what was forgotten.
         Raises sqlalchemy.exc.SQLAlchemyError when the database is away; nothing is stored then.
         """
         parsed = parse(entries)
         try:
-            return self._commit(parsed)
+            return self._commit(parsed, cleaning)
         except Exception as problem:
             if not blames_the_data(problem):
                 raise
         # Find the one to blame by storing each by itself; the others get in.
         counts = IngestCounts()
         for entry in entries:
-            counts += self._ingest_alone(entry)
+            counts += self._ingest_alone(entry, cleaning)
         return counts
 
     def completion(self, id: str) -> list[Completion]:
@@ -141,8 +150,8 @@ class Store:
     def slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
         """Return the events with `cursor < position <= cutoff` that count at position `as_of`.
 
-        `as_of` is `cutoff` if not given. The same numbers give the same slice for ever: what was superseded
-        after `as_of` still counts in it.
+        `as_of` is `cutoff` if not given. The same numbers give the same slice: what was superseded after
+        `as_of` still counts in it. Only what was forgotten is missing, and completions past their retention.
         """
         columns = tables.events.c
         seen_from = cutoff if as_of is None else as_of
@@ -171,11 +180,16 @@ class Store:
             return _parts(connection, [(row.id, row.part) for row in connection.execute(query)])
 
     def replace_scores(self, round_id: int, scores: Iterable[ResponseScore]) -> None:
-        """Keep what the reward model of a round thinks of recorded responses, instead of all before."""
+        """Keep what the reward model of a round thinks of recorded responses, instead of all before.
+
+        Scores of completions that were forgotten meanwhile are left out.
+        """
         rows = {
             (score.completion_id, score.choice): {"round_id": round_id, **asdict(score)} for score in scores
         }
         with self._engine.begin() as connection:
+            gone = Tombstones(connection).among({("completion", id) for id, _ in rows})
+            rows = {key: row for key, row in rows.items() if ("completion", key[0]) not in gone}
             connection.execute(sa.delete(tables.response_scores))
             if rows:
                 connection.execute(sa.insert(tables.response_scores), list(rows.values()))
@@ -221,18 +235,20 @@ class Store:
             counts |= {status: count for status, count in connection.execute(by_status)}
             return counts | {"dead_letters": _size(connection, tables.dead_letters, dead)}
 
-    def _commit(self, parsed: Parsed) -> IngestCounts:
+    def _commit(self, parsed: Parsed, cleaning: bool) -> IngestCounts:
         with self._engine.begin() as connection:
-            intake = Intake(connection, now=self._clock(), waiting_hours=self._waiting_hours)
+            intake = Intake(
+                connection, now=self._clock(), waiting_hours=self._waiting_hours, cleaning=cleaning
+            )
             return intake.take(parsed.completions, parsed.events, parsed.letters)
 
-    def _ingest_alone(self, entry: Entry) -> IngestCounts:
+    def _ingest_alone(self, entry: Entry, cleaning: bool) -> IngestCounts:
         try:
-            return self._commit(parse([entry]))
+            return self._commit(parse([entry]), cleaning)
         except Exception as problem:
             if not blames_the_data(problem):
                 raise
-            return self._commit(Parsed(letters=[letter(entry, refusal(problem))]))
+            return self._commit(Parsed(letters=[letter(entry, refusal(problem))]), cleaning)
 
 
 def _stored(row: sa.Row[Any]) -> StoredEvent:

@@ -1,4 +1,4 @@
-"""The tables of completions, feedback and API keys; `store` and `keys` read and write them."""
+"""The tables of completions, feedback, what was forgotten of them, and API keys."""
 
 import sys
 from array import array
@@ -158,6 +158,50 @@ dead_letters = sa.Table(
     sa.Column("rater", sa.Text),
     sa.Column("fixed_at", sa.Double),
     sa.Column("dropped_at", sa.Double),
+)
+
+# Who or what was forgotten, and how far that is. `subject` is the id itself, only until what it names is
+# erased; `erasure` numbers the erasures in the order of their commits. The times say when a place was clean.
+forgettings = sa.Table(
+    "forgettings",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("subject", sa.Text),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("erasure", sa.BigInteger, unique=True),
+    sa.Column("counts", sa.JSON(none_as_null=True)),
+    sa.Column("late", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("queue_at", sa.Double),
+    sa.Column("files_at", sa.Double),
+    sa.Column("database_at", sa.Double),
+    sa.CheckConstraint("kind IN ('rater', 'completion')", name="kind"),
+)
+
+# What must not come back, by the digest of its id. An event has the `position` that it had.
+tombstones = sa.Table(
+    "tombstones",
+    METADATA,
+    sa.Column("kind", sa.String(20), primary_key=True),
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("forgetting_id", sa.Integer, sa.ForeignKey("forgettings.id"), nullable=False, index=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("position", sa.BigInteger),
+    sa.CheckConstraint("kind IN ('rater', 'completion', 'event')", name="kind"),
+)
+
+# Files outside the data directory that hold what stood at positions `(cursor, cutoff]`.
+exports = sa.Table(
+    "exports",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("what", sa.String(40), nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("cursor", sa.BigInteger, nullable=False),
+    sa.Column("cutoff", sa.BigInteger, nullable=False),
 )
 
 keys = sa.Table(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -17,8 +18,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from feedback.events import ChoiceRef, Demonstration, Event, Ranking, Rating, Thumb
+from feedback.events import ChoiceRef, Demonstration, Event, Ranking, Rating, Thumb, references
 from feedback.preferences import ImportProblem, ProblemHandler, read_preferences
+from feedback.privacy import PrivacyFilter
 from feedback.queue import FeedbackQueue
 from feedback.records import Choice, Completion
 from feedback.store import Slice, Store
@@ -115,32 +117,62 @@ async def _send(
     return ImportCounts(counts.queued + len(receipts), counts.duplicates + duplicates, counts.bad)
 
 
-def export(store: Store, directory: Path, format: Literal["jsonl", "parquet"]) -> dict[str, int]:
+def export(
+    store: Store,
+    directory: Path,
+    format: Literal["jsonl", "parquet"],
+    privacy: PrivacyFilter | None = None,
+) -> dict[str, int]:
     """Write what counts now in TRL's formats, one file a kind, and return how many rows each got.
 
     `preferences` (all pairs of each ranking that are not tied; the weights of a ranking's pairs add up to 1),
     `thumbs` (TRL's unpaired preferences), `ratings` (a score from 1 to 7 instead of the label) and
     `demonstrations` (prompt and completion). Prompts and responses are lists of messages; a prompt that was
     sent as plain text is one user message. A kind without rows gets no file. `without_text` counts the events
-    on prompts that were sent as token ids. `datasets.load_dataset(directory, "preferences")` opens it.
+    on prompts that were sent as token ids, or on completions that are no longer stored. With `privacy`, texts
+    are cleaned, and what was replaced is counted by kind, in each row. The store remembers the directory.
+    `datasets.load_dataset(directory, "preferences")` opens it.
     """
+    replaced: Counter[str] = Counter()
     directory.mkdir(parents=True, exist_ok=True)
     files = {name: _File(directory, name, format) for name in _SCHEMAS}
     without_text = 0
     try:
         head = store.head()
+        store.forgettings.note_export(str(directory.resolve()), "feedback", 0, head)
         for cursor in range(0, head, _WINDOW):
             window = store.slice(cursor, min(cursor + _WINDOW, head), as_of=head)
             for event in window.events:
-                name, rows = _rows(event, window)
-                files[name].write(rows or [])
-                without_text += rows is None
+                name, rows = _rows(event, window) if _is_whole(event, window) else ("", None)
+                if rows is None:
+                    without_text += 1
+                elif privacy is None:
+                    files[name].write(rows)
+                else:
+                    files[name].write([_cleaned(row, privacy, replaced) for row in rows])
         counts = {name: file.finish() for name, file in files.items()}
     finally:
         for file in files.values():
             file.abandon()
     _describe(directory, [name for name, count in counts.items() if count], format)
-    return counts | {"without_text": without_text}
+    return counts | {"without_text": without_text} | {f"{kind}_replaced": n for kind, n in replaced.items()}
+
+
+def _is_whole(event: Event, window: Slice) -> bool:
+    """Whether all that an event judges is still stored."""
+    return all(ref.completion_id in window.completions for ref in references(event.feedback))
+
+
+def _cleaned(row: dict[str, Any], privacy: PrivacyFilter, replaced: Counter[str]) -> dict[str, Any]:
+    """Clean the texts of a row's messages."""
+
+    def clean(turn: dict[str, str]) -> dict[str, str]:
+        text, found = privacy.clean(turn["content"])
+        replaced.update(found)
+        return turn | {"content": text}
+
+    turns = {name: [clean(turn) for turn in value] for name, value in row.items() if isinstance(value, list)}
+    return row | turns
 
 
 def _rows(event: Event, window: Slice) -> tuple[str, list[dict[str, Any]] | None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, dead_letters, lineage, rounds
+from instructloop import access, dead_letters, forget, lineage, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -29,6 +29,7 @@ _EXPECTED = (
     ("feedback.dead_letters", "UnknownLetter"),
     ("feedback.keys", "RevokedKey"),
     ("feedback.keys", "UnknownKey"),
+    ("feedback.forgetting", "NotARater"),
     ("feedback.queue", "QueueUnavailable"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
     access.add_keys_to(add("keys", access.listing, "make, list, rotate and revoke API keys"), seconds)
     access.add_audit_to(add("audit", access.audit, "list what operators did, newest first"))
+    forget.add_to(add("forget", forget.forget, "erase all that a rater gave, or a completion"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")
@@ -148,6 +150,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     when.add_argument("--once", action="store_true", help="one round now, on all feedback since the last")
     when.add_argument(
         "--every", type=seconds, metavar="TIME", help="a round every 30m, 6h, 1d, until stopped"
+    )
+    when.add_argument(
+        "--without-rater",
+        metavar="ID",
+        help="one round from before a rater's first feedback on all feedback since, but the rater's",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="VERSION",
+        help="the version that --without-rater begins with (default: the last before that feedback)",
     )
     parser.add_argument(
         "--min-events",
@@ -208,6 +221,11 @@ def _add_feedback(parser: argparse.ArgumentParser) -> None:
     exporting = actions.add_parser("export", help="write the stored feedback as data sets that TRL reads")
     exporting.add_argument("directory", type=Path)
     exporting.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl")
+    exporting.add_argument(
+        "--raw",
+        action="store_true",
+        help="leave personal data in, such as e-mail addresses and phone numbers",
+    )
     exporting.set_defaults(command=_feedback_export)
 
 
@@ -242,6 +260,11 @@ def _train(arguments: argparse.Namespace) -> int:
     _log_to_stderr()
     config = _config(arguments)
     minimum = config.training.minimum_events if arguments.min_events is None else arguments.min_events
+    if arguments.start is not None and arguments.without_rater is None:
+        raise CommandProblem("--from VERSION is for --without-rater ID")
+    if arguments.without_rater is not None:
+        _exit_on_terminate()
+        return parts.train_without(config, arguments.without_rater, arguments.start)
     if arguments.once:
         _exit_on_terminate()
         return parts.train_once(config, minimum_events=arguments.min_events or 0)
@@ -331,12 +354,20 @@ def _feedback_import(arguments: argparse.Namespace) -> int:
 
 
 def _feedback_export(arguments: argparse.Namespace) -> int:
+    from feedback.privacy import PrivacyFilter
     from feedback.store import Store
     from feedback.transfer import export
     from instructloop import installation
 
-    store = Store(installation.open_database(_config(arguments)))
-    counts = export(store, arguments.directory, arguments.format)
+    config = _config(arguments)
+    store, settings = Store(installation.open_database(config)), config.training
+    raw = arguments.raw or not settings.privacy_filter
+    counts = export(
+        store,
+        arguments.directory,
+        arguments.format,
+        None if raw else PrivacyFilter(settings.privacy_phone_regions),
+    )
     print(json.dumps(counts))
     return 0
 

@@ -6,6 +6,7 @@ write lock from its start, unless the engine was marked with `execution_options(
 
 import sqlite3
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,6 +52,37 @@ def migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
+def compact(engine: Engine, tables: Iterable[str]) -> None:
+    """Leave nothing of deleted rows in the database's own files, as far as the database can do that.
+
+    SQLite's file is written anew (secure_delete leaves copies where a page was split) and its write-ahead log
+    emptied. Postgres removes the dead rows of `tables`; their bytes may stay in free space, its own log and
+    backups until they are overwritten. Raises OperationalError while another process is in the way.
+    """
+    if engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM " + ", ".join(tables))
+        return
+    raw = engine.raw_connection()
+    try:
+        cursor = raw.cursor()
+        cursor.execute("VACUUM")
+        deadline = time.monotonic() + _BUSY_SECONDS
+        # Readers hold the log, each for a moment.
+        while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                raise sa.exc.OperationalError(
+                    "PRAGMA wal_checkpoint(TRUNCATE)",
+                    None,
+                    sqlite3.OperationalError("a reader holds the log"),
+                )
+            time.sleep(0.05)
+    except sqlite3.OperationalError as problem:
+        raise sa.exc.OperationalError("VACUUM", None, problem) from problem
+    finally:
+        raw.close()
+
+
 def _sqlite(url: URL) -> Engine:
     if not url.database or url.database == ":memory:":
         raise UnsupportedDatabase("sqlite: name a file, sqlite:///path; several processes share it")
@@ -64,8 +96,9 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     # Python's own handling begins transactions too late, and not at all before DDL: `_begin_sqlite` does.
     connection.isolation_level = None
     _write_ahead(connection)
-    # FULL: a commit is on disk before ingest acknowledges it.
-    for pragma in ("synchronous=FULL", f"busy_timeout={_BUSY_SECONDS * 1000}", "foreign_keys=ON"):
+    # FULL: a commit is on disk before ingest acknowledges it. What is deleted is overwritten at once.
+    timeout = f"busy_timeout={_BUSY_SECONDS * 1000}"
+    for pragma in ("synchronous=FULL", timeout, "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

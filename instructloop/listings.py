@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feedback.forgetting import Forgettings
     from feedback.keys import Keys
     from registry.audit import AuditEntry
     from registry.registry import Registry
@@ -52,6 +53,7 @@ def rounds(rounds: "Rounds") -> Rows:
     rows: Rows = [("ROUND", "STATE", "STAGE", "EVENTS", "STARTED", "TOOK", "VERSION", "NOTE", "ERROR")]
     for round_ in rounds.list():
         notes = ["pinned"] * round_.pinned
+        notes += ["without a rater"] * ("without_raters" in round_.config)
         notes += [] if round_.repeat_of is None else [f"repeats {round_.repeat_of}"]
         ended = round_.ended_at or time.time()
         took = "-" if round_.started_at is None else f"{(ended - round_.started_at) / 60:.1f} min"
@@ -93,6 +95,26 @@ def differences(found: "Sequence[Difference]", old: str, new: str) -> Rows:
     """List what differs between two rounds; values that are too wide for a line are cut."""
     rows: Rows = [("PART", "NAME", old, new)]
     rows += [(item.section, item.name, _cut(item.old), _cut(item.new)) for item in found]
+    return rows
+
+
+def forgettings(forgettings: "Forgettings") -> Rows:
+    """Every forgetting: who was forgotten only as a digest, what went, what is left to do."""
+    rows: Rows = [("NUMBER", "KIND", "SHA256", "WHEN", "BY", "COMPLETIONS", "EVENTS", "LEFT TO DO")]
+    for one in forgettings.list():
+        counts = [str(one.counts.get(name, 0)) for name in ("completions", "events")]
+        left = ["database's rows"] * (one.erasure is None) + list(one.left)
+        rows.append(
+            (
+                str(one.id),
+                one.kind,
+                one.digest[:16],
+                _when(one.at),
+                one.actor,
+                *counts,
+                ", ".join(left) or "-",
+            )
+        )
     return rows
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from evaluation.report import Report
 
 
+_UPKEEP_END_SECONDS = 5.0
+
+
 class PartProblem(RuntimeError):  # noqa: N818
     """A part can't run; the message says what to do."""
 
@@ -78,17 +81,22 @@ def round_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "R
 
 
 def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
-    """Move the stream to the store until `stop`."""
+    """Move the stream to the store until `stop`; beside it, finish forgettings and delete what is too old."""
     import redis
 
     from feedback.ingest import run
     from feedback.queue import StreamReader
     from feedback.store import Store
+    from instructloop.upkeep import Upkeep
 
     engine = installation.open_database(config)
     client = redis.Redis.from_url(config.queue_url)
     name = consumer or f"{socket.gethostname()}-{os.getpid()}"
+    beside = threading.Thread(target=Upkeep(config, engine, client).run, args=(stop,), daemon=True)
+    beside.start()
     run(StreamReader(client, config.queue, name), Store(engine, config.store.waiting_hours), stop)
+    # A step that was cut short is done again by the next ingest.
+    beside.join(timeout=_UPKEEP_END_SECONDS)
     client.close()
     return 0
 
@@ -108,6 +116,16 @@ def train_once(config: Config, minimum_events: int) -> int:
         print("no round: there is not enough new feedback")
         return 0
     print(f"round {round_.id} is {round_.state}" + (f": {round_.version}" if round_.version else ""))
+    return 0 if round_.state == "done" else 1
+
+
+def train_without(config: Config, rater: str, start: str | None) -> int:
+    """Run one round without a rater's feedback, from before its first; exit code 1 when it failed."""
+    round_ = _trainer(config).retrain(rater, start)
+    print(
+        f"round {round_.id} from {round_.config['parent']} is {round_.state}"
+        + (f": {round_.version}" if round_.version else "")
+    )
     return 0 if round_.state == "done" else 1
 
 
@@ -165,8 +183,11 @@ def compare_algorithms(
 
     engine = installation.open_database(config)
     store, registry = Store(engine, config.store.waiting_hours), installation.open_registry(config, engine)
+    chosen = compare.slice_to_compare(store, registry, Rounds(engine), round_id)
+    # Prompts and answers will stand in it: who forgets one of them is told.
+    store.forgettings.note_export(str(output.resolve()), "comparison", chosen["cursor"], chosen["cutoff"])
     run = compare.ComparisonRun(
-        compare.slice_to_compare(store, registry, Rounds(engine), round_id),
+        chosen,
         output,
         training=config.training,
         evaluation=config.evaluation,

@@ -122,11 +122,18 @@ def _set_pinned(arguments: argparse.Namespace, pinned: bool) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from feedback.forgetting import Forgettings
     from instructloop import installation, parts
+    from registry.rounds import Rounds
 
     config = _config(arguments)
     output = arguments.output or Path(f"round-{arguments.n:04d}.html")
-    parts.round_report(config, installation.open_database(config), arguments.n).write(output)
+    engine = installation.open_database(config)
+    parts.round_report(config, engine, arguments.n).write(output)
+    round_ = Rounds(engine).get(arguments.n)
+    if round_.cursor is not None and round_.cutoff is not None:
+        path = str(output.resolve())
+        Forgettings(engine).note_export(path, f"round {round_.id}", round_.cursor, round_.cutoff)
     print(output)
     return 0
 

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,12 @@ class Round:
     ended_at: float | None
     pinned: bool = False
     repeat_of: int | None = None
+
+    def holds(self, positions: Sequence[int]) -> bool:
+        """Whether one of the positions, which are in order, lies in the slice."""
+        if self.cursor is None or self.cutoff is None:
+            return False
+        return bisect_right(positions, self.cursor) < bisect_right(positions, self.cutoff)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +332,41 @@ class Rounds:
         columns = ROUND_STAGES.c
         published = (columns.round_id == round_id, columns.name == "publish", columns.state == "done")
         return connection.execute(sa.select(columns.name).where(*published)).first() is not None
+
+    def erasures_before(self, round_id: int) -> int:
+        """Return the number of the last erasure before the round read its slice; 0 where it says nothing."""
+        same = (ROUND_STAGES.c.round_id == round_id) & (ROUND_STAGES.c.name == "dataset")
+        with self._reader.connect() as connection:
+            result = connection.execute(sa.select(ROUND_STAGES.c.result).where(same)).scalar_one_or_none()
+        return int((result or {}).get("erasures", 0))
+
+    def over(self, positions: Sequence[int]) -> Sequence[Round]:
+        """Return the rounds, whatever became of them, whose slice holds one of the positions, oldest first.
+
+        `positions` are in order.
+        """
+        query = sa.select(ROUNDS).where(ROUNDS.c.cutoff.is_not(None)).order_by(ROUNDS.c.id)
+        with self._reader.connect() as connection:
+            found = [Round(**row._mapping) for row in connection.execute(query)]
+        return [round_ for round_ in found if round_.holds(positions)]
+
+    def rename_rater(self, is_it: Callable[[str], bool], name: str) -> Sequence[int]:
+        """Call a rater `name` in the settings of all rounds that weighed it; return those rounds' ids.
+
+        Their configuration's hash stays that of what they ran with.
+        """
+        renamed = []
+        with self._engine.begin() as connection:
+            for id, config in connection.execute(sa.select(ROUNDS.c.id, ROUNDS.c.config)).all():
+                training = config.get("training", {})
+                weights = training.get("reward_rater_weights", {})
+                if not any(is_it(rater) for rater in weights):
+                    continue
+                weights = {name if is_it(rater) else rater: weight for rater, weight in weights.items()}
+                changed = config | {"training": training | {"reward_rater_weights": weights}}
+                connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == id).values(config=changed))
+                renamed.append(id)
+        return renamed
 
     @staticmethod
     def _only(connection: sa.Connection, state: RoundState) -> Round | None:

@@ -43,6 +43,7 @@ from server.openapi import document
 from server.recorder import Recorder
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
+from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
@@ -124,6 +125,7 @@ async def serve(
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
             ).router(),
+            ForgetRoutes(forgettings=store.forgettings, registry=registry, rounds=rounds).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,

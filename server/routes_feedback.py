@@ -6,7 +6,7 @@ What an event may say is decided in `server.feedback_events`; that it is durable
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -161,7 +161,9 @@ class FeedbackRoutes:
             # It may have left the queue between the two looks.
             found = await anyio.to_thread.run_sync(self._remembered, event_id)
         if found is None:
-            raise Problem(404, f"no such event: {event_id}")
+            raise await anyio.to_thread.run_sync(
+                self._missing, "event", event_id, f"no such event: {event_id}"
+            )
         if isinstance(found, DeadLetter):
             _check_giver(caller, found.key_id, found.rater)
             return EventAnswer(event_id=event_id, status="rejected", reason=found.reason)
@@ -175,7 +177,8 @@ class FeedbackRoutes:
             check_owner(completion_id, caller, self._identity)
         parts = await anyio.to_thread.run_sync(self._store.completion, completion_id)
         if not parts:
-            raise Problem(404, f"no record of {completion_id}, or not yet")
+            absent = f"no record of {completion_id}, or not yet"
+            raise await anyio.to_thread.run_sync(self._missing, "completion", completion_id, absent)
         events = await anyio.to_thread.run_sync(self._store.events_of, completion_id)
         return _record(parts, events)
 
@@ -214,6 +217,12 @@ class FeedbackRoutes:
             except Problem as problem:
                 refused[rater] = problem
         return [item if isinstance(item, Problem) else refused.get(item[0].rater, item) for item in taken]
+
+    def _missing(self, kind: Literal["completion", "event"], id: str, absent: str) -> Problem:
+        """Say of something that is not there whether it was forgotten."""
+        if self._store.forgettings.is_forgotten(kind, id):
+            return Problem(410, f"{id} was forgotten")
+        return Problem(404, absent)
 
     async def _durably(self, work: Any) -> Any:
         """Await queue work, speaking of its failures over HTTP."""

@@ -71,6 +71,7 @@ def slice_to_compare(
 ) -> dict[str, Any]:
     """Return `cursor`, `cutoff` and `parent` of a round (the last one that is done), else of all feedback.
 
+    With a round come the raters that it left out.
     Raises ComparisonProblem.
     """
     try:
@@ -80,7 +81,8 @@ def slice_to_compare(
     if chosen is not None:
         if chosen.cutoff is None:
             raise ComparisonProblem(f"round {chosen.id} has not begun, so it has no feedback of its own")
-        return {"cursor": chosen.cursor, "cutoff": chosen.cutoff, "parent": chosen.config["parent"]}
+        found = {"cursor": chosen.cursor, "cutoff": chosen.cutoff, "parent": chosen.config["parent"]}
+        return found | {key: chosen.config[key] for key in ("without_raters",) if key in chosen.config}
     desired = registry.desired()
     if desired is None:
         raise ComparisonProblem("no version is in service, so there is nothing to train from")
@@ -108,6 +110,7 @@ class ComparisonRun(RoundRun):
         config = {
             "parent": chosen["parent"],
             "reward_model_from": None,
+            "without_raters": chosen.get("without_raters", []),
             "training": training.model_dump(mode="json"),
             "evaluation": evaluation.model_dump(mode="json"),
         }

@@ -1,7 +1,8 @@
 """A round's dataset: the slice of the store as token ids, split by prompt.
 
-Owns what an event becomes in training and on which side of the split a prompt falls. It is a pure function
-of the slice, the tokenizer and the settings, whose seed draws what older data is mixed in.
+Owns what an event becomes in training, on which side of the split a prompt falls, and that nothing personal
+which `feedback.privacy` finds gets in. It is a pure function of the slice, the tokenizer and the settings,
+whose seed draws what older data is mixed in.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from evaluation.contest import Prompt
 from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
+from feedback.privacy import PrivacyFilter
 from feedback.records import Choice, Completion, prompt_hash
 from feedback.store import Slice
 from registry.rounds import EventUse, Use
@@ -97,11 +99,15 @@ class Side:
 
 @dataclass(slots=True)
 class Dataset:
-    """A round's data; `reasons` says of each event that is not used why not, by its id."""
+    """A round's data; `reasons` says of each event that is not used why not, by its id.
+
+    `replaced` counts what the privacy filter replaced, by kind, in each text once.
+    """
 
     train: Side = field(default_factory=Side)
     held_out: Side = field(default_factory=Side)
     reasons: dict[str, str] = field(default_factory=dict)
+    replaced: Counter[str] = field(default_factory=Counter)
 
     @property
     def left_out(self) -> Mapping[str, int]:
@@ -151,6 +157,7 @@ def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSet
                 side.judgements.append(item)
             case Demonstration():
                 side.demonstrations.append(item)
+    dataset.replaced = builder.replaced
     return dataset
 
 
@@ -206,6 +213,9 @@ class _Builder:
         }
         self._first = {id: parts[0] for id, parts in data.completions.items() if parts}
         self._checks: dict[str, tuple[dict[str, Any], ...]] = {}
+        self._filter = PrivacyFilter(settings.privacy_phone_regions) if settings.privacy_filter else None
+        self._cleaned: dict[tuple[str, int, int | None], list[int]] = {}
+        self.replaced: Counter[str] = Counter()
 
     def note_checks(self, event: Event) -> None:
         """Remember the program checks that an event brings for its prompt."""
@@ -249,7 +259,7 @@ class _Builder:
                 if found is None:
                     return "the completion is no longer stored"
                 prompt = prompt or self._prompt(found[0])
-                responses.append(self._response(found[1]))
+                responses.append(self._response(*found))
                 ranks.append(rank)
         if len(ranking.groups) < 2:
             return "all responses are tied"
@@ -264,7 +274,7 @@ class _Builder:
         found = self._choices.get((given.completion_id, given.choice))
         if found is None:
             return "the completion is no longer stored"
-        response = self._response(found[1])
+        response = self._response(*found)
         if not response:
             return "a response is empty"
         prompt = self._prompt(found[0])
@@ -273,7 +283,8 @@ class _Builder:
     def _demonstration(self, given: DemonstrationEvent, event: Event) -> Demonstration | str:
         if given.messages is not None:
             messages = [message.model_dump() for message in given.messages]
-            prompt = self._make_prompt("messages:" + repr(messages), self._render(messages))
+            digest = hashlib.sha256(repr(messages).encode("utf-8", "surrogatepass")).hexdigest()
+            prompt = self._make_prompt(f"messages:{digest}", self._clean(self._render(messages)))
         else:
             completion = self._first.get(given.completion_id or "")
             if completion is None:
@@ -283,17 +294,22 @@ class _Builder:
 
     def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
         """Return a completion's prompt and its choices that aren't empty, each with its index."""
-        responses = [(choice.index, self._response(choice)) for choice in completion.choices]
+        responses = [(choice.index, self._response(completion, choice)) for choice in completion.choices]
         return self._prompt(completion), [(index, ids) for index, ids in responses if ids]
 
     def _prompt(self, completion: Completion) -> Prompt:
+        key = (completion.id, completion.part, None)
+        if key not in self._cleaned:
+            self._cleaned[key] = self._clean(self._prompt_tokens(completion))
+        return self._make_prompt(prompt_hash(completion), self._cleaned[key])
+
+    def _prompt_tokens(self, completion: Completion) -> list[int]:
         if completion.prompt_token_ids:
-            token_ids = completion.prompt_token_ids
-        elif completion.messages is not None:
-            token_ids = self._render(completion.messages)
-        else:
-            token_ids = self._tokenizer(completion.prompt or "").input_ids
-        return self._make_prompt(prompt_hash(completion), token_ids)
+            return completion.prompt_token_ids
+        if completion.messages is not None:
+            return self._render(completion.messages)
+        ids: list[int] = self._tokenizer(completion.prompt or "").input_ids
+        return ids
 
     def _make_prompt(self, key: str, token_ids: Iterable[int]) -> Prompt:
         return Prompt(key, list(token_ids)[-self._settings.prompt_tokens :], self._checks.get(key, ()))
@@ -304,12 +320,34 @@ class _Builder:
         )
         return ids
 
-    def _response(self, choice: Choice) -> list[int]:
-        if choice.token_ids:
-            return choice.token_ids[: self._settings.response_tokens]
-        return self._written(choice.text)
+    def _response(self, completion: Completion, choice: Choice) -> list[int]:
+        key = (completion.id, completion.part, choice.index)
+        if key not in self._cleaned:
+            ids = choice.token_ids
+            self._cleaned[key] = self._clean(ids) if ids else self._written(choice.text)
+        return self._cleaned[key][: self._settings.response_tokens]
+
+    def _clean(self, ids: list[int]) -> list[int]:
+        """Return the tokens, or where something personal stands in them those of the cleaned text.
+
+        The tokens are read, not the client's messages: they are what the policy saw, template and all, and a
+        prompt that was sent as tokens has nothing else.
+        """
+        if self._filter is None:
+            return ids
+        text, replaced = self._filter.clean(
+            self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        self.replaced += replaced
+        if not replaced:
+            return ids
+        cleaned: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return cleaned
 
     def _written(self, text: str) -> list[int]:
+        if self._filter is not None:
+            text, replaced = self._filter.clean(text)
+            self.replaced += replaced
         # A written text ends where its author ended it, so it carries the end-of-turn token.
         ids = [*self._tokenizer(text, add_special_tokens=False).input_ids, self._tokenizer.eos_token_id]
         return ids[: self._settings.response_tokens]

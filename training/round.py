@@ -24,7 +24,8 @@ from evaluation.reward_model import RewardModel, score_responses, scores_and_spr
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
 from feedback.records import Completion
-from feedback.store import ResponseScore, Store
+from feedback.store import ResponseScore, Slice, Store
+from feedback.tombstones import digest
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training import processes
@@ -141,6 +142,7 @@ class RoundRun:
     def _run_stage(self, name: str, run: Callable[[], Result], done: Path) -> None:
         self._rounds.stage(self._round.id, name, "running")
         self._refuse_to_die_again(name)
+        self._refuse_what_was_forgotten(name)
         torch.manual_seed(self._settings.seed)
         result = run()
         staging = done.with_suffix(".partial")
@@ -159,9 +161,21 @@ class RoundRun:
                 "training.kv_cache_gib, or give the trainer a machine with more"
             )
 
+    def _refuse_what_was_forgotten(self, name: str) -> None:
+        """Raise RoundRefused where an event was forgotten after the round had read it; a version stands."""
+        if name in ("dataset", "gate"):
+            return
+        erasures, cutoff = self._result("dataset").get("erasures", 0), self._round.cutoff
+        assert cutoff is not None
+        if self._store.forgettings.erased_since(erasures, cutoff):
+            raise RoundRefused(
+                "feedback that it had read was forgotten meanwhile: the next round learns from what is left"
+            )
+
     # -- the stages
 
     def _describe_dataset(self) -> Result:
+        erasures = self._store.forgettings.last_erasure()  # before the slice is read
         data = self._dataset
         for name, side in (("training", data.train), ("held-out", data.held_out)):
             judged = len(side.judged)
@@ -181,6 +195,8 @@ class RoundRun:
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
             "left_out": dict(data.left_out),
+            "replaced": dict(sorted(data.replaced.items())),
+            "erasures": erasures,
             "prompts_of_the_file": len(more_prompts),
             "pretraining_mix": texts is not None,
         }
@@ -279,6 +295,7 @@ class RoundRun:
                 "slice": [self._round.cursor, self._round.cutoff],
                 "config_hash": self._round.config_hash,
                 "seed": self._settings.seed,
+                "without_raters": list(self._without_raters),
                 "stages": {name: self._result(name) for name in STAGES if name not in ("publish", "gate")},
             },
         )
@@ -363,14 +380,25 @@ class RoundRun:
     @cached_property
     def _dataset(self) -> Dataset:
         assert self._round.cursor is not None and self._round.cutoff is not None
-        return build(
-            self._store.slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings
-        )
+        return build(self._slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings)
+
+    @property
+    def _without_raters(self) -> Sequence[str]:
+        """Digests of the raters whose events are left out."""
+        found: Sequence[str] = self._round.config.get("without_raters", ())
+        return found
+
+    def _slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
+        found = self._store.slice(cursor, cutoff, as_of)
+        if not self._without_raters:
+            return found
+        events = [one for one in found.events if digest(("rater", one.rater)) not in self._without_raters]
+        return Slice(events, found.completions)
 
     def _with_older(self) -> Side:
         cursor, cutoff = self._round.cursor, self._round.cutoff
         assert cursor is not None and cutoff is not None
-        older = self._store.slice(0, cursor, as_of=cutoff)
+        older = self._slice(0, cursor, as_of=cutoff)
         return with_older(self._dataset.train, older, self._tokenizer, self._settings)
 
     def _score_for_queries(self, model: RewardModel) -> None:

@@ -31,6 +31,11 @@ class SampleLog:
         staging.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         staging.rename(self._path)
 
+    def delete(self) -> None:
+        """Leave no sample behind."""
+        for path in (self._path, self._path.with_suffix(".partial")):
+            path.unlink(missing_ok=True)
+
     def read(self) -> list[dict[str, Any]]:
         """All lines, by update; none where the round has kept none."""
         if not self._path.exists():

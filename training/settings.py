@@ -1,6 +1,6 @@
 """The settings of a training round; read by the files of this package."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,6 +39,15 @@ class TrainingSettings(BaseModel):
     )
     response_tokens: int = Field(
         256, ge=8, description="Longer judged responses lose their end beyond so many tokens, in training."
+    )
+    privacy_filter: bool = Field(
+        True,
+        description="Rounds and exports get placeholders for e-mail and IP addresses and for phone, card and "
+        "account numbers.",
+    )
+    privacy_phone_regions: list[Annotated[str, Field(pattern="^[A-Z]{2}$")]] = Field(
+        default=["US"],
+        description="Countries (ISO 3166) whose phone numbers are found without a country code, too.",
     )
     sft_minimum: int = Field(
         16, ge=1, description="With fewer demonstrations than this the SFT stage is skipped."

@@ -1,4 +1,4 @@
-"""The trainer: when a round is due, one at a time, how one is repeated and what is kept of old ones.
+"""The trainer: when a round is due, one at a time; repeats, rounds without a rater; what is kept of old ones.
 
 What a round does is `training/round.py`'s.
 """
@@ -7,7 +7,7 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.store import Store
+from feedback.tombstones import digest
+from registry.descent import learned
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training import processes
@@ -112,6 +114,25 @@ class Trainer:
                 )
             return self._carry_out(round_)
 
+    def retrain(self, without_rater: str, start: str | None = None) -> Round:
+        """Run a round from before a rater's first event on all feedback since, but the rater's.
+
+        It begins with the version `start`, by default the one that was in service when the first round that
+        learned from the rater began, and on the slice behind what that version learned from. The gate
+        acts on its candidate as on any. One that was killed is gone on with. Returns it when it has ended.
+        Raises UnknownVersion, RoundRefused and TrainerBusy.
+        """
+        with self._lock():
+            config, cursor = self._without(without_rater, start)
+            round_ = self._rounds.unfinished()
+            if round_ is None:
+                round_ = self._rounds.begin(cursor, self._store.head(), config, self._settings.seed)
+            elif (round_.cursor, round_.config) != (cursor, config):
+                raise RoundRefused(
+                    f"round {round_.id} was not finished: `instructloop train --once` goes on with it"
+                )
+            return self._carry_out(round_)
+
     def run_every(self, seconds: float, minimum_events: int, stop: threading.Event) -> None:
         """Run a round whenever one is asked for, and every `seconds` where enough events have come.
 
@@ -200,13 +221,46 @@ class Trainer:
         desired = self._registry.desired()
         if desired is None:
             raise RoundRefused("no version is in service, so there is nothing to train from")
-        config = {
-            "parent": desired.name,
+        config = self._config(desired.name, last)
+        return self._rounds.begin(cursor, cutoff, config, self._settings.seed)
+
+    def _config(self, parent: str, last: Round | None) -> dict[str, Any]:
+        return {
+            "parent": parent,
             "reward_model_from": last.id if last and self._is_a_start(last) else None,
             "training": self._settings.model_dump(mode="json"),
             "evaluation": self._evaluation.model_dump(mode="json"),
         }
-        return self._rounds.begin(cursor, cutoff, config, self._settings.seed)
+
+    def _without(self, rater: str, start: str | None) -> tuple[dict[str, Any], int]:
+        """Return the configuration and the cursor of a round without a rater; raises RoundRefused."""
+        name, traces = digest(("rater", rater)), self._store.forgettings.traces_of(rater)
+        if not traces:
+            raise RoundRefused(f"{rater} has no feedback in the store, and none that was forgotten")
+        touched = {one.version: one.how for one in learned(self._registry, self._rounds, traces, name)}
+        version = self._registry.version(start or self._before(touched))
+        if version.name in touched:
+            how = touched[version.name]
+            raise RoundRefused(
+                f"{version.name} learned from {rater} ({how}): give an earlier one, or leave it out"
+            )
+        if version.state == "pruned":
+            raise RoundRefused(f"the weights of {version.name} were pruned: give another version, by --from")
+        origin = version.manifest.round_id
+        last = self._rounds.get(origin) if origin is not None else None
+        cursor = (last.cutoff or 0) if last else 0
+        return self._config(version.name, last) | {"without_raters": [name]}, cursor
+
+    def _before(self, touched: Collection[str]) -> str:
+        """Return the version that the first of these was trained from, as long as it is none of them."""
+        if touched:
+            first = self._registry.version(next(iter(touched)))
+            assert first.manifest.parent is not None
+            return first.manifest.parent
+        desired = self._registry.desired()
+        if desired is None:
+            raise RoundRefused("no version is in service, so there is nothing to train from")
+        return desired.name
 
     def _repeated(self, original: Round, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration of a repeat; raises RoundRefused where something it needs is gone."""
@@ -230,6 +284,8 @@ class Trainer:
                 raise RoundRefused(f"{key} is not a setting of a round: it is training.… or evaluation.…")
             values[section][name] = value
         config: dict[str, Any] = {"parent": parent, "reward_model_from": previous}
+        if "without_raters" in original.config:
+            config["without_raters"] = original.config["without_raters"]
         for name, settings in _SECTIONS.items():
             try:
                 config[name] = settings(**values[name]).model_dump(mode="json")

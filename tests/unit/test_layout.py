@@ -101,6 +101,8 @@ def light_modules() -> list[str]:
         "lineage",
         "listings",
         "rounds",
+        "forget",
+        "upkeep",
         "parts",
         "model",
         "database",

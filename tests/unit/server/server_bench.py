@@ -29,6 +29,7 @@ from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
+from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
@@ -135,6 +136,9 @@ class Bench:
                 limits=limits,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
+            ).router(),
+            ForgetRoutes(
+                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds
             ).router(),
             OperatorRoutes(
                 registry=self.registry,

@@ -1,0 +1,156 @@
+"""What is done beside ingest: forgettings are finished, completions past their age are deleted.
+
+Owns the order of a forgetting's steps outside the tables, and when they are tried again. Every step can be
+done again, so one that was killed or refused is simply run once more, by the next ingest or the next command.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from feedback.forgetting import Forgetting, Forgettings, Spool, Step
+from feedback.retention import expire
+from feedback.store import Store
+from feedback.tables import METADATA
+from feedback.tombstones import digest
+from instructloop.database import compact
+from registry.rounds import Rounds
+from training.samples import SampleLog
+
+if TYPE_CHECKING:
+    import redis
+    from sqlalchemy import Engine
+
+    from instructloop.config import Config
+
+TRACKING = "tracking"
+"""As in `training.trackers`, whose import takes torch."""
+
+_LOG = logging.getLogger(__name__)
+_LOOK_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 300.0
+_EXPIRE_SECONDS = 600.0
+_COMPACT_SECONDS = 86_400.0
+_DAY_SECONDS = 86_400.0
+
+
+class Upkeep:
+    """The upkeep of one installation. `client` must not decode responses.
+
+    `spools` are what keeps completion records on disk while Redis is away.
+    """
+
+    def __init__(
+        self, config: "Config", engine: "Engine", client: "redis.Redis", spools: Sequence[Spool] = ()
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._client = client
+        self._spools = spools
+        self._store = Store(engine, config.store.waiting_hours)
+        self._forgettings = Forgettings(engine)
+        self._compact_at = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Look after everything until `stop`; what does not work now is tried again later."""
+        pause, expire_at = _LOOK_SECONDS, 0.0
+        while True:
+            try:
+                problems: Mapping[str, str] = self.finish()
+                if time.monotonic() >= expire_at:
+                    expire_at = time.monotonic() + _EXPIRE_SECONDS
+                    self.expire(stop)
+            except (SQLAlchemyError, OSError) as problem:
+                problems = {"database": str(problem)}
+            for place, problem_text in problems.items():
+                _LOG.warning("upkeep waits %.0f s: %s: %s", pause, place, problem_text)
+            if stop.wait(pause):
+                return
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS) if problems else _LOOK_SECONDS
+
+    def finish(self) -> Mapping[str, str]:
+        """Do what is left of all forgettings; return what went wrong, by place.
+
+        Raises sqlalchemy.exc.SQLAlchemyError when the database is away.
+        """
+        for one in self._forgettings.unfinished():
+            self._forgettings.erase(one.id)
+        problems: dict[str, str] = {}
+        for step, work in self._steps():
+            due = [one for one in self._forgettings.unfinished() if step in one.left]
+            if not due:
+                continue
+            ids = [one.id for one in due]
+            self._forgettings.step_begins(step, ids)
+            try:
+                work(due)
+            except (RedisError, SQLAlchemyError, OSError) as problem:
+                problems[step] = str(problem)
+            else:
+                self._forgettings.step_done(step, ids)
+        return problems
+
+    def expire(self, stop: threading.Event) -> int:
+        """Delete completions past `store.retention_days` in batches, and samples of rounds that old."""
+        days = self._config.store.retention_days
+        if days is None:
+            return 0
+        before = time.time() - days * _DAY_SECONDS
+        count = 0
+        while not stop.is_set() and (deleted := expire(self._engine, before)):
+            count += deleted
+        for round_ in Rounds(self._engine).list(limit=1_000_000):
+            if round_.ended_at is not None and round_.ended_at < before:
+                self._samples(round_.id).delete()
+        if count:
+            _LOG.info("%d completions and dead letters were past %g days and are deleted", count, days)
+            if time.monotonic() >= self._compact_at:
+                self._compact_at = time.monotonic() + _COMPACT_SECONDS
+                self._compact()
+        return count
+
+    def _steps(self) -> "tuple[tuple[Step, Callable[[Sequence[Forgetting]], None]], ...]":
+        # The database last: the queue is emptied into it.
+        return (
+            ("queue", lambda _: self._clean_queue()),
+            ("files", self._clean_files),
+            ("database", lambda _: self._compact()),
+        )
+
+    def _clean_queue(self) -> None:
+        from feedback.queue import QueueCleaning
+
+        def forgotten(event_ids: Sequence[str]) -> set[str]:
+            return {id for _, id in self._forgettings.among([("event", id) for id in event_ids])}
+
+        for spool in self._spools:
+            spool.keep(self._forgettings.left_of)
+        ingest = partial(self._store.ingest, cleaning=True)
+        QueueCleaning(self._client, self._config.queue, ingest, forgotten).run()
+
+    def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
+        """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes."""
+        rounds = Rounds(self._engine)
+        for forgetting in forgettings:
+            for round_ in rounds.over(self._forgettings.positions(forgetting.id)):
+                self._samples(round_.id).delete()
+            if forgetting.kind == "rater":
+                self._rename(rounds, forgetting.digest)
+
+    def _rename(self, rounds: Rounds, rater: str) -> None:
+        """Take a rater's id out of the settings of rounds, and out of what trackers wrote of them."""
+        for number in rounds.rename_rater(lambda id: digest(("rater", id)) == rater, f"sha256:{rater}"):
+            shutil.rmtree(self._config.data_dir / "rounds" / f"{number:04d}" / TRACKING, ignore_errors=True)
+
+    def _samples(self, number: int) -> SampleLog:
+        return SampleLog(self._config.data_dir / "rounds" / f"{number:04d}")
+
+    def _compact(self) -> None:
+        compact(self._engine, METADATA.tables)

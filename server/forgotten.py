@@ -1,0 +1,42 @@
+"""What is told of a forgetting: what went, what is left to do, and what still holds or has learned from it.
+
+Plain JSON, for the route and the command line alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from feedback.forgetting import Forgettings
+from registry.descent import learned
+from registry.registry import Registry
+from registry.rounds import Rounds
+
+OUT_OF_REACH = (
+    "backups, replicas of Redis, Postgres' own log and free space until they are overwritten, "
+    "trackers outside the data directory, weights that learned from it"
+)
+"""Where it may still be, whatever was done."""
+
+
+def describe(forgettings: Forgettings, registry: Registry, rounds: Rounds, id: int) -> Mapping[str, Any]:
+    """Return all that is known of one forgetting; raises KeyError.
+
+    `rounds` had an event of it in their slice: reports made of them may show its text.
+    """
+    forgetting, traces = forgettings.get(id), forgettings.traces(id)
+    exports = [{"path": one.path, "what": one.what, "at": one.at} for one in forgettings.exports(id)]
+    return {
+        "id": forgetting.id,
+        "kind": forgetting.kind,
+        "sha256": forgetting.digest,
+        "actor": forgetting.actor,
+        "at": forgetting.at,
+        "state": "done" if forgetting.done else "erased" if forgetting.erasure else "begun",
+        "left": list(forgetting.left),
+        "erased": dict(forgetting.counts),
+        "versions": [asdict(one) for one in learned(registry, rounds, traces)],
+        "rounds": [one.id for one in rounds.over([position for position, _ in traces])],
+        "exports": exports,
+        "out_of_reach": OUT_OF_REACH,
+    }

@@ -1,0 +1,82 @@
+"""HTTP routes for operators by which a rater or a completion is forgotten.
+
+The database forgets at once; ingest does the rest (queue, files) and a later look tells when it is done.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from feedback.forgetting import Forgettings, NotARater, Subject
+from registry.registry import Registry
+from registry.rounds import Rounds
+from server.body import parse_object
+from server.context import CALLER
+from server.errors import Problem
+from server.forgotten import describe
+
+_FIELDS: dict[str, Subject] = {"rater": "rater", "completion_id": "completion"}
+
+
+class ForgetRoutes:
+    """The handlers and what they work on; `router()` binds them to their paths."""
+
+    def __init__(self, *, forgettings: Forgettings, registry: Registry, rounds: Rounds) -> None:
+        self._forgettings = forgettings
+        self._registry = registry
+        self._rounds = rounds
+
+    def router(self) -> APIRouter:
+        """Bind the handlers to their paths."""
+        router = APIRouter()
+        add: Callable[..., None] = router.add_api_route
+        add("/v1/forget", self.forget, methods=["POST"])
+        add("/v1/forget", self.all, methods=["GET"])
+        add("/v1/forget/{forgetting_id}", self.one, methods=["GET"])
+        return router
+
+    async def forget(self, request: Request) -> Response:
+        """Forget a `rater` or a `completion_id`; 202 once the database has erased all of it."""
+        kind, id = _subject(parse_object(await request.body()))
+        actor = CALLER.get().name
+
+        def erase() -> Any:
+            number = self._forgettings.begin(kind, id, actor)
+            self._forgettings.erase(number)
+            return self._described(number)
+
+        try:
+            return JSONResponse(await anyio.to_thread.run_sync(erase), 202)
+        except NotARater as error:
+            raise Problem(422, str(error), param=kind) from None
+
+    async def all(self) -> dict[str, Any]:
+        """List the latest forgettings, newest first."""
+        return {"forgettings": await anyio.to_thread.run_sync(self._list)}
+
+    async def one(self, forgetting_id: int) -> Any:
+        """Say how far one forgetting is, and what learned from what was forgotten."""
+        try:
+            return await anyio.to_thread.run_sync(self._described, forgetting_id)
+        except KeyError:
+            raise Problem(404, f"there is no forgetting {forgetting_id}") from None
+
+    def _list(self) -> list[Any]:
+        return [self._described(one.id) for one in self._forgettings.list()]
+
+    def _described(self, id: int) -> Any:
+        return describe(self._forgettings, self._registry, self._rounds, id)
+
+
+def _subject(fields: dict[str, Any]) -> tuple[Subject, str]:
+    """Read which one is meant; raises Problem 422."""
+    given = [name for name in _FIELDS if fields.get(name) is not None]
+    if len(given) != 1 or len(fields) != 1:
+        raise Problem(422, "give either rater or completion_id", param=given[0] if given else None)
+    value = fields[given[0]]
+    if not isinstance(value, str) or not 1 <= len(value) <= 500:
+        raise Problem(422, "an id of 1 to 500 characters is expected", param=given[0])
+    return _FIELDS[given[0]], value
