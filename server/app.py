@@ -106,6 +106,7 @@ async def serve(
         ids = Identity(secret, token_hours=settings.token_hours)
         store, rounds = Store(database), Rounds(database)
         dead_letters, lineage = DeadLetters(database, waiting_hours), Lineage(database)
+        audit = AuditLog(database)
         limits = Limits(counters, settings, metrics)
         routers = [
             StateRoutes(
@@ -125,16 +126,18 @@ async def serve(
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
             ).router(),
-            ForgetRoutes(forgettings=store.forgettings, registry=registry, rounds=rounds).router(),
+            ForgetRoutes(
+                forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+            ).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,
-                audit=AuditLog(database),
+                audit=audit,
                 wait_seconds=rollout.wait_seconds,
                 round_report=round_report,
             ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
-            DeadLetterRoutes(dead_letters).router(),
+            DeadLetterRoutes(dead_letters, audit).router(),
         ]
         app = assemble(
             engine.app,

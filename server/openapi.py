@@ -20,6 +20,7 @@ _REASONS = {
     404: "There is no such thing",
     405: "The path takes another method",
     409: "It can't be in the state in which things are",
+    410: "It was forgotten",
     413: "The body is too large",
     422: "The field that `param` names is wrong",
     429: "More than the rate limit allows",
@@ -57,6 +58,11 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
 def takes_feedback() -> dict[str, Any]:
     """Return what `openapi_extra=` of a route says that takes one event."""
     return _body("application/json", {"$ref": "#/components/schemas/Feedback"})
+
+
+def takes_record() -> dict[str, Any]:
+    """Return what `openapi_extra=` of a route says that takes a whole record."""
+    return _body("application/json", {"type": "object"})
 
 
 def takes_lines() -> dict[str, Any]:

@@ -100,8 +100,8 @@ class FeedbackRoutes:
             responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
             openapi_extra=takes_lines(),
         )
-        add("/v1/feedback/{event_id}", self.receipt, methods=["GET"], responses=problems(404))
-        add("/v1/completions/{completion_id}", self.completion, methods=["GET"], responses=problems(404))
+        add("/v1/feedback/{event_id}", self.receipt, methods=["GET"], responses=problems(404, 410))
+        add("/v1/completions/{completion_id}", self.completion, methods=["GET"], responses=problems(404, 410))
         add("/v1/queries", self.queries, methods=["GET"])
         return router
 

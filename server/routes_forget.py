@@ -8,23 +8,37 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from feedback.forgetting import Forgettings, NotARater, Subject
+from registry.audit import AuditLog
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.body import parse_object
 from server.context import CALLER
 from server.errors import Problem
 from server.forgotten import describe
+from server.openapi import problems, takes
+from server.routes_operator import actor
 
 _FIELDS: dict[str, Subject] = {"rater": "rater", "completion_id": "completion"}
+
+
+class Forget(BaseModel):
+    """Whom or what to forget: one of both."""
+
+    rater: str | None = Field(default=None, min_length=1, max_length=500)
+    completion_id: str | None = Field(default=None, min_length=1, max_length=500)
 
 
 class ForgetRoutes:
     """The handlers and what they work on; `router()` binds them to their paths."""
 
-    def __init__(self, *, forgettings: Forgettings, registry: Registry, rounds: Rounds) -> None:
+    def __init__(
+        self, *, forgettings: Forgettings, registry: Registry, rounds: Rounds, audit: AuditLog
+    ) -> None:
+        self._audit = audit
         self._forgettings = forgettings
         self._registry = registry
         self._rounds = rounds
@@ -33,19 +47,21 @@ class ForgetRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/v1/forget", self.forget, methods=["POST"])
+        add("/v1/forget", self.forget, methods=["POST"], status_code=202, openapi_extra=takes(Forget))
         add("/v1/forget", self.all, methods=["GET"])
-        add("/v1/forget/{forgetting_id}", self.one, methods=["GET"])
+        add("/v1/forget/{forgetting_id}", self.one, methods=["GET"], responses=problems(404))
         return router
 
     async def forget(self, request: Request) -> Response:
         """Forget a `rater` or a `completion_id`; 202 once the database has erased all of it."""
         kind, id = _subject(parse_object(await request.body()))
-        actor = CALLER.get().name
+        who = actor(CALLER.get())
 
         def erase() -> Any:
-            number = self._forgettings.begin(kind, id, actor)
+            number = self._forgettings.begin(kind, id, who)
             self._forgettings.erase(number)
+            # By number: who was forgotten must not stand in a log that only grows.
+            self._audit.append(who, "forget", f"{kind} of forgetting {number}")
             return self._described(number)
 
         try:

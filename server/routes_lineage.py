@@ -16,6 +16,7 @@ from registry.lineage import Lineage, UsedEvent
 from registry.registry import Registry, UnknownVersion
 from registry.rounds import Use
 from server.errors import Problem
+from server.openapi import problems
 
 
 class LineageRoutes:
@@ -30,8 +31,8 @@ class LineageRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/v1/versions/{name}/lineage", self.version, methods=["GET"])
-        add("/v1/feedback/{event_id}/lineage", self.event, methods=["GET"])
+        add("/v1/versions/{name}/lineage", self.version, methods=["GET"], responses=problems(404))
+        add("/v1/feedback/{event_id}/lineage", self.event, methods=["GET"], responses=problems(404))
         return router
 
     async def version(

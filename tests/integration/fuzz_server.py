@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from feedback import ingest
+from feedback.dead_letters import DeadLetters
 from feedback.events import Event, Thumb
 from feedback.keys import Keys
 from feedback.queue import Entry, FeedbackQueue, StreamReader
@@ -23,6 +24,7 @@ from feedback.settings import QueueSettings
 from feedback.store import ResponseScore, Store
 from instructloop.database import connect, migrate
 from registry.audit import AuditLog
+from registry.lineage import Lineage
 from registry.registry import Registry, Replica
 from registry.rounds import Rounds
 from server.access import Authenticator
@@ -30,7 +32,10 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits, redis_counters
 from server.metrics import ServerMetrics
+from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
+from server.routes_forget import ForgetRoutes
+from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
@@ -85,6 +90,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
             metrics = ServerMetrics(CollectorRegistry())
             limits = Limits(redis_counters(client, "feed:limit"), settings, metrics)
             queue = FeedbackQueue(client, QUEUE)
+            audit, lineage, dead_letters = AuditLog(database), Lineage(database), DeadLetters(database)
             routers = [
                 StateRoutes(
                     queue=queue,
@@ -96,7 +102,8 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                 FeedbackRoutes(
                     queue=queue,
                     store=store,
-                    rounds=rounds,
+                    dead_letters=dead_letters,
+                    lineage=lineage,
                     identity=identity,
                     limits=limits,
                     metrics=metrics,
@@ -105,11 +112,16 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                 OperatorRoutes(
                     registry=registry,
                     rounds=rounds,
-                    audit=AuditLog(database),
+                    audit=audit,
                     wait_seconds=0.05,
                     round_report=lambda number: f"<h1>Round {rounds.get(number).id}</h1>",
                     poll_seconds=0.01,
                 ).router(),
+                ForgetRoutes(
+                    forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+                ).router(),
+                LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
+                DeadLetterRoutes(dead_letters, audit).router(),
             ]
             config.app = assemble(
                 Starlette(),

@@ -119,6 +119,7 @@ class Bench:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
         # In memory: Redis' counters are tested with a real one.
         limits = Limits(MemoryStorage(), self.settings, self.metrics)
+        audit = AuditLog(self.database)
         routers: list[APIRouter] = [
             StateRoutes(
                 queue=self.queue,
@@ -138,18 +139,18 @@ class Bench:
                 batch_lines=self.settings.batch_lines,
             ).router(),
             ForgetRoutes(
-                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds
+                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds, audit=audit
             ).router(),
             OperatorRoutes(
                 registry=self.registry,
                 rounds=self.rounds,
-                audit=AuditLog(self.database),
+                audit=audit,
                 wait_seconds=0.5,
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
-            DeadLetterRoutes(self.dead_letters).router(),
+            DeadLetterRoutes(self.dead_letters, audit).router(),
         ]
         self.app = assemble(
             engine_app(),
