@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from feedback.reliability import Assessment, assess, is_trusted
 from feedback.settings import RaterSettings
-from feedback.votes import Vote
+from feedback.votes import Vote, person_of
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]
@@ -143,9 +143,10 @@ class _Scale:
                     weight *= settings.lone_weight
             self.weights[n] = weight
         names = [standings[vote.rater].voice if vote.rater in standings else vote.rater for vote in votes]
+        # On one prompt, those without a name may all be one person.
+        self._persons = np.array([person_of(name) for name in names], dtype=object)
         self.voices, self.keys = _groups(names), _groups([vote.key for vote in votes])
         self._prompts = _groups([vote.prompt for vote in votes])
-        self._names = np.array(names, dtype=object)
         self._raw = np.array([vote.weight for vote in votes])
 
     @property
@@ -155,7 +156,7 @@ class _Scale:
     def limit_prompts(self, settings: RaterSettings) -> None:
         """Keep each rater within so many votes, and within its share, on each prompt."""
         for prompt in self._prompts:
-            voices = [prompt[own] for own in _groups(self._names[prompt])]
+            voices = [prompt[own] for own in _groups(self._persons[prompt])]
             for own in voices:
                 if not self._trusted[own].any() and self._raw[own].sum() > settings.prompt_votes:
                     self._scale(own, settings.prompt_votes / self._raw[own].sum(), ONE_PROMPT)

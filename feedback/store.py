@@ -18,6 +18,7 @@ from feedback import tables
 from feedback.events import Event, references
 from feedback.intake import IngestCounts, Intake, Letter
 from feedback.queue import Entry
+from feedback.rater_records import RaterRecords
 from feedback.records import Completion
 from feedback.resolution import Status
 from feedback.rows import completion_of, event_of, without_nul
@@ -100,6 +101,7 @@ class Store:
         self._reader = engine.execution_options(read_only=True)
         self._waiting_hours = waiting_hours
         self._clock = clock
+        self.raters = RaterRecords(engine, clock)
 
     def ingest(self, entries: Sequence[Entry]) -> IngestCounts:
         """Store a batch in one transaction; once it returns, the batch is committed.

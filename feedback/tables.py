@@ -1,4 +1,4 @@
-"""The tables of completions, feedback and API keys; `store` and `keys` read and write them."""
+"""The tables of completions, feedback, raters and API keys; `store`, `rater_records` and `keys` use them."""
 
 import sys
 from array import array
@@ -152,6 +152,30 @@ dead_letters = sa.Table(
     sa.Column("data", sa.LargeBinary, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False, index=True),
+)
+
+# Appended to, never changed: who was quarantined, why, and what an operator made of it. The writer picks
+# `sequence` itself (last + 1): of two who act at once the second meets the primary key and looks again.
+rater_log = sa.Table(
+    "rater_log",
+    METADATA,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("rater", sa.Text, nullable=False, index=True),
+    sa.Column("action", sa.String(20), nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.CheckConstraint("action IN ('quarantine', 'confirm', 'lift')", name="action"),
+)
+
+# Events whose verdict is known to be right.
+gold = sa.Table(
+    "gold",
+    METADATA,
+    sa.Column("event_id", sa.Text, sa.ForeignKey("events.event_id"), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
 )
 
 keys = sa.Table(

@@ -18,6 +18,9 @@ Unit = tuple[str, ...]
 """What a verdict is on: one response by its name, or a pair of responses in the order of their names."""
 
 
+_ANONYMOUS = "anonymous:"
+
+
 @dataclass(frozen=True, slots=True)
 class Vote:
     """One event of a rater on one prompt, and what it says.
@@ -40,6 +43,12 @@ class Vote:
 def key_of(rater: str) -> str:
     """Return the key that vouches for a rater: a rater is named in its key's namespace, `<key id>/<name>`."""
     return rater.partition("/")[0]
+
+
+def person_of(rater: str) -> str:
+    """Return whom a rater may be: itself, or where it has no name all such raters of its key."""
+    key, _, name = rater.partition("/")
+    return f"{key}/{_ANONYMOUS}" if name.startswith(_ANONYMOUS) else rater
 
 
 def votes_of(events: Iterable[Event], prompts: Mapping[tuple[str, int], str]) -> list[Vote]:
