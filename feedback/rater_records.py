@@ -140,13 +140,14 @@ class RaterRecords:
         self, connection: Connection, rater: str, action: Action, actor: str, reason: str
     ) -> RaterLogEntry:
         log, events = tables.rater_log, tables.events
+        # First: whoever appends after this makes the insert fail, whoever did before is seen in the state.
+        last = connection.execute(sa.select(sa.func.max(log.c.sequence))).scalar_one() or 0
         state = _state(connection, rater)
         known = sa.select(events.c.event_id).where(events.c.rater == rater).limit(1)
         if state is None and connection.execute(known).first() is None:
             raise UnknownRater(rater)
         if state not in _FROM[action]:
             raise RaterConflict(f"{rater} is {state or 'not in quarantine'}: it can't be {_AFTER[action]}")
-        last = connection.execute(sa.select(sa.func.max(log.c.sequence))).scalar_one() or 0
         entry = RaterLogEntry(last + 1, self._clock(), rater, action, actor, reason)
         connection.execute(sa.insert(log), asdict(entry))
         return entry

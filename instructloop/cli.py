@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import rounds
+from instructloop import raters, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -26,6 +26,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
     ("feedback.queue", "QueueUnavailable"),
+    ("feedback.rater_records", "RaterConflict"),
+    ("feedback.rater_records", "UnknownRater"),
+    ("feedback.rater_records", "UnsuitableGold"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),
     ("instructloop.database", "UnsupportedDatabase"),
@@ -126,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_comparison(add("compare-algorithms", _compare_algorithms, "compare PPO with other algorithms"))
     _add_keys(add("keys", _keys_list, "make, list and revoke API keys"))
+    raters.add_to(
+        add("raters", raters.listing, "see who gives feedback; quarantine raters, ask gold questions")
+    )
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")

@@ -46,6 +46,7 @@ async def serve(config: Config) -> int:
             secret=installation.ensure_secret(config.data_dir),
             replica_id=replica_id(config),
             round_report=lambda number: round_report(config, engine, number).html(),
+            raters=config.raters,
         )
     finally:
         await client.aclose()
@@ -160,6 +161,7 @@ def compare_algorithms(
         store=store,
         registry=registry,
         make_sampler=sampler_factory(config.server.max_model_len),
+        raters=config.raters,
     )
     compared = run.compare(algorithms, range(config.training.seed, config.training.seed + seeds))
     compare.write(compared, output)
@@ -230,4 +232,5 @@ def _trainer(config: Config):  # type: ignore[no-untyped-def]
         rounds=Rounds(engine),
         data_dir=config.data_dir,
         max_model_len=config.server.max_model_len,
+        raters=config.raters,
     )

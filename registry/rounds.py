@@ -279,19 +279,17 @@ class Rounds:
         with self._reader.connect() as connection:
             return [Metric(**row._mapping) for row in connection.execute(query)]
 
-    def learned_from(self, position: int) -> Sequence[Round]:
-        """Return the rounds that are done and whose slice holds the event at `position`, oldest first.
+    def learned_from(self, position: int, rater: str = "") -> Sequence[Round]:
+        """Return the rounds that are done and took the event at `position` from `rater`, oldest first.
 
-        Repeats are left out: no version that serves comes from one by itself.
+        That is the round whose slice holds it, or if its rater was in quarantine then, the first round after
+        that was lifted. Repeats are left out: no version that serves comes from one by itself.
         """
-        held = (ROUNDS.c.cursor < position, ROUNDS.c.cutoff >= position)
-        query = (
-            sa.select(ROUNDS)
-            .where(ROUNDS.c.state == "done", ROUNDS.c.repeat_of.is_(None), *held)
-            .order_by(ROUNDS.c.id)
-        )
+        later = (ROUNDS.c.state == "done", ROUNDS.c.repeat_of.is_(None), ROUNDS.c.cutoff >= position)
+        query = sa.select(ROUNDS).where(*later).order_by(ROUNDS.c.id)
         with self._reader.connect() as connection:
-            return [Round(**row._mapping) for row in connection.execute(query)]
+            found = [Round(**row._mapping) for row in connection.execute(query)]
+        return [round_ for round_ in found if _took(round_, position, rater)]
 
     @staticmethod
     def _only(connection: sa.Connection, state: RoundState) -> Round | None:
@@ -315,6 +313,15 @@ class Rounds:
         state = self._get(connection, round_id).state
         if state != "running":
             raise RoundConflict(f"round {round_id} is {state}, not running")
+
+
+def _took(round_: Round, position: int, rater: str) -> bool:
+    """Whether the round learned from the event at `position` of `rater`, as far as raters decide it."""
+    assert round_.cursor is not None and round_.cutoff is not None
+    standing = round_.config.get("standing", {})
+    if any(start < position <= end for start, end in standing.get("returned", {}).get(rater, ())):
+        return True
+    return round_.cursor < position <= round_.cutoff and rater not in standing.get("held", {})
 
 
 def _plain(value: Any) -> Any:

@@ -49,6 +49,15 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/rounds", _OPERATOR),
     ("GET", "/v1/rounds/{id}", _OPERATOR),
     ("GET", "/v1/rounds/{id}/report", _OPERATOR),
+    ("GET", "/v1/raters", _OPERATOR),
+    ("GET", "/v1/raters/log", _OPERATOR),
+    ("GET", "/v1/raters/agreement", _OPERATOR),
+    ("POST", "/v1/raters/quarantine", _OPERATOR),
+    ("POST", "/v1/raters/confirm", _OPERATOR),
+    ("POST", "/v1/raters/lift", _OPERATOR),
+    ("GET", "/v1/gold", _OPERATOR),
+    ("POST", "/v1/gold", _OPERATOR),
+    ("DELETE", "/v1/gold/{id}", _OPERATOR),
 )
 
 _PATTERNS = [(method, re.compile(re.sub(r"\{id\}", "[^/]+", path)), roles) for method, path, roles in ROUTES]

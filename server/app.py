@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.registry import BrokenVersion, Registry, Replica, Version
 from registry.rounds import Rounds
@@ -38,6 +39,7 @@ from server.middleware import Gate
 from server.recorder import Recorder
 from server.routes_feedback import FeedbackRoutes
 from server.routes_operator import OperatorRoutes
+from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
 from server.swap import Swapper
@@ -63,6 +65,7 @@ async def serve(
     secret: bytes,
     replica_id: str,
     round_report: Callable[[int], str],
+    raters: RaterSettings,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
@@ -110,7 +113,9 @@ async def serve(
                 identity=ids,
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
+                gold_share=raters.gold_share,
             ).router(),
+            RaterRoutes(store=store, settings=raters).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,
@@ -188,7 +193,7 @@ def assemble(
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Completion-Id", "X-Feedback-Token", "Retry-After"],
         )

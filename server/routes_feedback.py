@@ -24,6 +24,7 @@ from server.identity import Identity
 from server.metrics import ServerMetrics
 
 RETRY_AFTER_SECONDS = 2
+_QUARANTINE = ("quarantined", "confirmed")
 
 
 class EventQueue(Protocol):
@@ -46,6 +47,7 @@ class FeedbackRoutes:
         identity: Identity,
         metrics: ServerMetrics,
         batch_lines: int,
+        gold_share: float,
     ) -> None:
         self._queue = queue
         self._store = store
@@ -53,6 +55,7 @@ class FeedbackRoutes:
         self._identity = identity
         self._metrics = metrics
         self._batch_lines = batch_lines
+        self._gold_share = gold_share
 
     def router(self) -> APIRouter:
         """Bind the handlers to their paths."""
@@ -135,11 +138,11 @@ class FeedbackRoutes:
     async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
         """List recorded prompts to judge next: those whose responses the reward model is least sure of first.
 
-        A rater is not asked about what it has judged already.
+        A rater is not asked about what it has judged already, and gold questions are among what it is asked.
         """
         caller = CALLER.get()
         rater = rater_of(caller) if caller.role == "rater" else None
-        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater)
+        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater, self._gold_share)
         return {"queries": [_query(query) for query in found]}
 
     async def _event(self, fields: dict[str, Any], caller: Caller) -> Event:
@@ -161,8 +164,12 @@ class FeedbackRoutes:
     def _described(self, stored: StoredEvent) -> dict[str, Any]:
         status = "queued" if stored.status == "waiting" else stored.status
         answer = _status(stored.event.event_id, status, stored.reason, stored.superseded_by)
+        if stored.status == "stored" and self._store.raters.state(stored.event.rater) in _QUARANTINE:
+            answer["reason"] = (
+                "the rater is in quarantine: this counts in no further round until an operator lifts it"
+            )
         if stored.position is not None:
-            rounds = self._rounds.learned_from(stored.position)
+            rounds = self._rounds.learned_from(stored.position, stored.event.rater)
             answer["rounds"] = [item.id for item in rounds]
             answer["versions"] = [item.version for item in rounds if item.version is not None]
         return answer

@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from evaluation.contest import Prompt
 from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
 from feedback.records import Choice, Completion, prompt_hash
+from feedback.settings import RaterSettings
 from feedback.store import Slice
+from feedback.votes import key_of
 from training.settings import TrainingSettings
 
 
@@ -26,7 +28,8 @@ from training.settings import TrainingSettings
 class Comparison:
     """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties.
 
-    `weight` is the rater's reliability, `rater_group` the group that accuracy is told for.
+    `weight` is how much it counts, `rater_group` the group that accuracy is told for; `event_id` and `rater`
+    say which event it was and whose.
     """
 
     prompt: Prompt
@@ -35,6 +38,8 @@ class Comparison:
     source: str
     weight: float = 1.0
     rater_group: str = ""
+    event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class Judgement:
     kind: str
     weight: float = 1.0
     rater_group: str = ""
+    event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +62,19 @@ class Demonstration:
 
     prompt: Prompt
     response: list[int]
+    event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(slots=True)
 class Side:
-    """All that was said on one side's prompts."""
+    """All that was said on one side's prompts; what held-out raters compared is apart, only to measure by."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     judgements: list[Judgement] = field(default_factory=list)
     demonstrations: list[Demonstration] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
+    by_held_out_raters: list[Comparison] = field(default_factory=list)
 
     def sorted_prompts(self) -> list[Prompt]:
         """Return the prompts in the order of their hashes: the same whatever else is asked."""
@@ -95,19 +105,46 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
-    """Turn the events of a slice into training data; what can't be used is counted, never guessed."""
+def is_held_out_rater(rater: str, settings: RaterSettings) -> bool:
+    """Whether nothing is trained on what a rater says: the same in every round, like a held-out prompt."""
+    if rater in settings.held_out or key_of(rater) in settings.held_out:
+        return True
+    digest = hashlib.sha256(f"held-out rater:{rater}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < settings.held_out_share * 2**64
+
+
+def build(
+    data: Slice,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    *,
+    raters: RaterSettings | None = None,
+    quarantined: Collection[str] = (),
+) -> Dataset:
+    """Turn the events of a slice into training data; what can't be used is counted, never guessed.
+
+    What `quarantined` raters say is left out, what raters say whom `raters` holds out is kept apart.
+    """
     dataset = Dataset()
+    events = [event for event in data.events if event.rater not in quarantined]
+    if len(events) < len(data.events):
+        dataset.left_out["the rater is quarantined"] = len(data.events) - len(events)
     builder = _Builder(data, tokenizer, settings)
-    for event in data.events:
+    for event in events:
         builder.note_checks(event)
-    for event in data.events:
+    for event in events:
         item = builder.item(event)
         if isinstance(item, str):
             dataset.left_out[item] += 1
             continue
         held_out = is_held_out(item.prompt.key, settings.held_out_share)
         side = dataset.held_out if held_out else dataset.train
+        if raters is not None and is_held_out_rater(event.rater, raters):
+            if isinstance(item, Comparison):
+                side.by_held_out_raters.append(item)
+            else:
+                dataset.left_out["a held-out rater's, and no ranking"] += 1
+            continue
         side.prompts.setdefault(item.prompt.key, item.prompt)
         match item:
             case Comparison():
@@ -120,12 +157,16 @@ def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSet
 
 
 def with_older(
-    side: Side, older: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
+    side: Side,
+    older: Slice,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    raters: RaterSettings | None = None,
 ) -> Side:
     """Return the training side's judgements with a seeded sample of older ones, for a reward model only.
 
     Training on the newest samples alone brings regressions back (Llama 2, arXiv 2307.09288), so older ones
-    make up at most `reward_older_share` of the whole. Held-out prompts stay out.
+    make up at most `reward_older_share` of the whole. Held-out prompts and raters stay out.
     """
     new = len(side.comparisons) + len(side.judgements)
     wanted = int(new * settings.reward_older_share / (1 - settings.reward_older_share))
@@ -133,7 +174,7 @@ def with_older(
     # As many more as will fall on the held-out side: the rest need not be tokenised.
     drawn = min(len(events), math.ceil(wanted / (1 - settings.held_out_share)))
     events = random.Random(f"{settings.seed}:older").sample(events, drawn)
-    found = build(Slice(events, older.completions), tokenizer, settings).train
+    found = build(Slice(events, older.completions), tokenizer, settings, raters=raters).train
     judged = [*found.comparisons, *found.judgements]
     judged = random.Random(f"{settings.seed}:kept").sample(judged, min(len(judged), wanted))
     return Side(
@@ -141,6 +182,7 @@ def with_older(
         judgements=[*side.judgements, *(item for item in judged if isinstance(item, Judgement))],
         demonstrations=side.demonstrations,
         prompts=side.prompts,
+        by_held_out_raters=side.by_held_out_raters,
     )
 
 
@@ -184,7 +226,7 @@ class _Builder:
         """Return what an event is in training, or why it is nothing."""
         feedback = event.feedback
         if isinstance(feedback, DemonstrationEvent):
-            return self._demonstration(feedback)
+            return self._demonstration(feedback, event)
         weight = self._settings.reward_rater_weights.get(event.rater, 1.0)
         if weight <= 0:
             return "the rater's weight is 0"
@@ -222,7 +264,9 @@ class _Builder:
         if not all(responses):
             return "a response is empty"
         assert prompt is not None
-        return Comparison(prompt, responses, ranks, event.source, weight, rater_group(event))
+        return Comparison(
+            prompt, responses, ranks, event.source, weight, rater_group(event), event.event_id, event.rater
+        )
 
     def _judgement(
         self, given: Thumb | Rating, target: float, event: Event, weight: float
@@ -234,18 +278,20 @@ class _Builder:
         if not response:
             return "a response is empty"
         prompt = self._prompt(found[0])
-        return Judgement(prompt, response, target, given.type, weight, rater_group(event))
+        return Judgement(
+            prompt, response, target, given.type, weight, rater_group(event), event.event_id, event.rater
+        )
 
-    def _demonstration(self, event: DemonstrationEvent) -> Demonstration | str:
-        if event.messages is not None:
-            messages = [message.model_dump() for message in event.messages]
+    def _demonstration(self, written: DemonstrationEvent, event: Event) -> Demonstration | str:
+        if written.messages is not None:
+            messages = [message.model_dump() for message in written.messages]
             prompt = self._make_prompt("messages:" + repr(messages), self._render(messages))
         else:
-            completion = self._first.get(event.completion_id or "")
+            completion = self._first.get(written.completion_id or "")
             if completion is None:
                 return "the completion is no longer stored"
             prompt = self._prompt(completion)
-        return Demonstration(prompt, self._written(event.text))
+        return Demonstration(prompt, self._written(written.text), event.event_id, event.rater)
 
     def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
         """Return a completion's prompt and its choices that aren't empty, each with its index."""

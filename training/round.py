@@ -34,6 +34,7 @@ from training.logprobs import total_logprobs
 from training.policy import Policy, load_policy, write_checkpoint
 from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
+from training.rater_weights import RaterWeights, older_than, raters_of, slice_of, standing_of
 from training.reward_model import Report, check_backbone, fit
 from training.reward_quality import measure
 from training.rollouts import Rollouts
@@ -91,6 +92,7 @@ class RoundRun:
         # The round's own settings: a resumed round goes on as it began, whatever has been changed since.
         self._settings = TrainingSettings(**round_.config["training"])
         self._evaluation = EvaluationSettings(**round_.config["evaluation"])
+        self._raters, self._standing = raters_of(round_.config), standing_of(round_.config)
         self._parent = registry.version(round_.config["parent"])
         self._sampler: Sampler | None = None
 
@@ -180,6 +182,12 @@ class RoundRun:
             "train": data.train.counts(),
             "held_out": data.held_out.counts(),
             "left_out": dict(data.left_out),
+            "raters": self._weights.figures()
+            | {
+                "held_out_comparisons": sum(
+                    len(side.by_held_out_raters) for side in (data.train, data.held_out)
+                )
+            },
             "prompts_of_the_file": len(more_prompts),
             "pretraining_mix": texts is not None,
         }
@@ -218,18 +226,21 @@ class RoundRun:
         """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
-        side, new = self._with_older(), self._dataset.train
+        new = self._dataset.train
+        side, influence = self._weights.weighed(self._with_older())
         model = self._fit(side, "reward_model", start)
         if processes.is_first():
             self._score_for_queries(model)
         older = len(side.comparisons) + len(side.judgements) - len(new.comparisons) - len(new.judgements)
-        return {"older": older, **self._quality(model, "reward_model", self._dataset.held_out)}
+        quality = self._quality(model, "reward_model", self._dataset.held_out)
+        return {"older": older, "influence": influence, **quality}
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""
-        model = self._fit(self._dataset.held_out, "judge", None)
+        side, influence = self._weights.weighed(self._dataset.held_out)
+        model = self._fit(side, "judge", None)
         # The other side's pairs are new to this one.
-        return self._quality(model, "judge", self._dataset.train)
+        return {"influence": influence, **self._quality(model, "judge", self._dataset.train)}
 
     def _select(self) -> Result:
         """Let the reward model choose among SFT's checkpoints: the one whose answers score highest.
@@ -320,7 +331,7 @@ class RoundRun:
         return Task(
             policy=load_policy(self._directory / "sft"),
             tokenizer=self._tokenizer,
-            side=self._dataset.train,
+            side=self._weights.weighed(self._dataset.train)[0],
             prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
             reward_model=self._directory / "reward_model",
             rollouts=Rollouts(
@@ -360,15 +371,22 @@ class RoundRun:
     @cached_property
     def _dataset(self) -> Dataset:
         assert self._round.cursor is not None and self._round.cutoff is not None
-        return build(
-            self._store.slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings
-        )
+        data = slice_of(self._store, self._round.cursor, self._round.cutoff, self._standing)
+        held = self._standing.held.keys()
+        dataset = build(data, self._tokenizer, self._settings, raters=self._raters, quarantined=held)
+        self._weights.limit_demonstrations(dataset)
+        return dataset
+
+    @cached_property
+    def _weights(self) -> RaterWeights:
+        assert self._round.cutoff is not None
+        return RaterWeights(self._store, self._round.cutoff, self._standing, self._raters)
 
     def _with_older(self) -> Side:
         cursor, cutoff = self._round.cursor, self._round.cutoff
         assert cursor is not None and cutoff is not None
-        older = self._store.slice(0, cursor, as_of=cutoff)
-        return with_older(self._dataset.train, older, self._tokenizer, self._settings)
+        older = older_than(self._store, cursor, cutoff, self._standing)
+        return with_older(self._dataset.train, older, self._tokenizer, self._settings, self._raters)
 
     def _score_for_queries(self, model: RewardModel) -> None:
         """Let the store know how sure the reward model is of recorded responses: raters are asked by that."""
@@ -377,6 +395,8 @@ class RoundRun:
         judged = self._store.slice(self._round.cursor, self._round.cutoff).completions.values()
         latest = sorted((part for parts in judged for part in parts), key=lambda part: -part.created_at)
         asked: list[Completion] = [*self._store.unjudged(limit), *latest[:limit]]
+        # Gold questions too, or raters could tell them from the others.
+        asked += self._store.gold_completions() if limit else []
         found = responses_of(asked, self._tokenizer, self._settings)
         items = [(prompt.token_ids, [ids for _, ids in responses]) for prompt, responses in found]
         scored = [
@@ -414,7 +434,7 @@ class RoundRun:
 
     def _quality(self, model: RewardModel, stage: str, unseen: Side) -> Result:
         """Keep and return how good `model` is on rankings of prompts that it was not fitted to."""
-        quality = measure(model, unseen.comparisons, self._settings.seed)
+        quality = measure(model, unseen.comparisons, self._settings.seed, unseen.by_held_out_raters)
         self._keep(stage, 0, quality.metrics())
         return quality.figures()
 

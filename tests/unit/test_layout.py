@@ -97,6 +97,7 @@ def light_modules() -> list[str]:
         "installation",
         "doctor",
         "listings",
+        "raters",
         "rounds",
         "parts",
         "model",

@@ -15,6 +15,7 @@ from feedback.events import Event
 from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Choice, Completion
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Rounds
@@ -24,6 +25,7 @@ from server.identity import Identity, TokenClaims
 from server.metrics import ServerMetrics
 from server.routes_feedback import FeedbackRoutes
 from server.routes_operator import OperatorRoutes
+from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
 
@@ -96,6 +98,7 @@ class Bench:
     key_ids: dict[str, str]
     obstacle: str | None = None
     dead: bool = False
+    raters: RaterSettings = field(default_factory=RaterSettings)
     settings: ServerSettings = field(
         default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
     )
@@ -116,7 +119,9 @@ class Bench:
                 identity=self.identity,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
+                gold_share=self.raters.gold_share,
             ).router(),
+            RaterRoutes(store=self.store, settings=self.raters).router(),
             OperatorRoutes(
                 registry=self.registry,
                 rounds=self.rounds,
