@@ -84,24 +84,28 @@ def quarantine_suspects(store: Store, settings: RaterSettings, cutoff: int) -> l
 
 def slice_of(store: Store, cursor: int, cutoff: int, standing: Standing) -> Slice:
     """Return a round's slice with the events that a lifted quarantine gives back, before all others."""
-    own = store.slice(cursor, cutoff)
-    events, completions = [], dict(own.completions)
-    for rater in sorted(standing.returned):
-        for start, end in standing.returned[rater]:
-            earlier = store.slice(start, end, as_of=cutoff)
-            events += [event for event in earlier.events if event.rater == rater]
-            completions |= earlier.completions
-    return Slice([*events, *own.events], completions)
+    own, back = store.slice(cursor, cutoff), _returned(store, cutoff, standing)
+    return Slice([*back.events, *own.events], back.completions | own.completions)
 
 
 def older_than(store: Store, cursor: int, cutoff: int, standing: Standing) -> Slice:
     """Return what counts of the events up to `cursor`, without those that are held or only now returned."""
     older = store.slice(0, cursor, as_of=cutoff)
-    back = {event.event_id for event in slice_of(store, cursor, cutoff, standing).events}
+    back = {event.event_id for event in _returned(store, cutoff, standing).events}
     kept = [
         event for event in older.events if event.rater not in standing.held and event.event_id not in back
     ]
     return Slice(kept, older.completions)
+
+
+def _returned(store: Store, cutoff: int, standing: Standing) -> Slice:
+    found = Slice([], {})
+    for rater in sorted(standing.returned):
+        for start, end in standing.returned[rater]:
+            earlier = store.slice(start, end, as_of=cutoff)
+            found.events.extend(event for event in earlier.events if event.rater == rater)
+            found.completions.update(earlier.completions)
+    return found
 
 
 class RaterWeights:

@@ -1,6 +1,7 @@
 """What votes weigh: nobody beyond its share, as little taken as possible, and a reason for everything."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from unit.feedback.rater_data import mt_bench
 from unit.feedback.test_reliability import Crowd, honest
 
 from feedback import influence
 from feedback.influence import defended, factors_within, least_limit, weigh
+from feedback.raters import units_of
 from feedback.reliability import Assessment, assess
 from feedback.settings import RaterSettings
 from feedback.votes import Vote
@@ -223,6 +226,53 @@ def test_defences_do_by_themselves_what_a_round_does() -> None:
     lenient = defended(crowd.votes, RaterSettings(automatic_quarantine=False))
     by_rater = {vote.rater: w.weight for vote, w in zip(crowd.votes, lenient.votes, strict=True)}
     assert 0 < by_rater["k/contrary"] < 0.2 * by_rater["k/honest0"]
+
+
+def attack(votes: list[Vote], kind: str) -> list[Vote]:
+    """Votes against the majority, one in twenty of all, on top of human ones."""
+    units = {unit: vote.prompt for vote in votes for unit in vote.verdicts}
+    said = units_of(votes)
+    majority = {unit: Counter(said[unit].values()).most_common(1)[0][0] for unit in units}
+    targets = sorted(unit for unit, label in majority.items() if label != "=")
+    generator, count = random.Random(0), len(votes) // 20
+    made: list[tuple[str, tuple[str, ...], str]] = []
+    if kind == "contrary":
+        made = [("x/eve", unit, contrary(majority[unit])) for unit in generator.sample(targets, count)]
+    elif kind == "ring":
+        common = generator.sample(targets, count // 5)
+        made = [(f"x/{n}", unit, contrary(majority[unit])) for n in range(5) for unit in common]
+    elif kind == "guesses":
+        made = [
+            (f"x/{n}", unit, generator.choice("+-"))
+            for n in range(5)
+            for unit in generator.sample(targets, count // 5)
+        ]
+    elif kind == "flood":
+        made = [("x/eve", (f"own{n}#0",), "+") for n in range(count)]
+    return [
+        Vote(f"z{n}", rater, "x", units.get(unit, f"own{n % 10}"), {unit: label})  # type: ignore[dict-item]
+        for n, (rater, unit, label) in enumerate(made)
+    ]
+
+
+def contrary(label: str) -> str:
+    return {"+": "-", "-": "+"}[label]
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("contrary", 0.0), ("ring", 0.0), ("guesses", 0.02), ("flood", 0.005)]
+)
+def test_one_vote_in_twenty_against_those_of_mt_bench_weighs_little(kind: str, most: float) -> None:
+    honest_votes = mt_bench()
+    attackers = attack(honest_votes, kind)
+    cast = [*honest_votes, *attackers]
+    assert len(attackers) / len(cast) == pytest.approx(0.047, abs=0.002)
+    found = defended(cast, RaterSettings())
+    assert sum(found.weights()[len(honest_votes) :]) <= most * sum(found.weights())
+    # The others lose next to nothing by it.
+    clean = defended(honest_votes, RaterSettings())
+    assert sum(found.weights()[: len(honest_votes)]) == pytest.approx(sum(clean.weights()), rel=0.1)
+    assert not any(influence.QUARANTINED in w.reasons for w in found.votes[: len(honest_votes)])
 
 
 def test_no_votes_are_no_error() -> None:
