@@ -127,6 +127,10 @@ class Forgettings:
                 "dead_letters": _delete_letters(connection, row.kind, row.subject),
             }
             _delete(connection, completions, events)
+            if row.kind == "rater":
+                log = tables.rater_log
+                unnamed = sa.update(log).where(log.c.rater == row.subject)
+                connection.execute(unnamed.values(rater=f"sha256:{row.digest}"))
             buried: list[tuple[Name, int | None]] = [(("completion", id), None) for id in completions]
             buried += [(("event", id), position) for id, position in events.items()]
             _bury(connection, row.id, row.at, buried)
@@ -365,7 +369,7 @@ def _found(
 
 def _delete(connection: Connection, completions: Collection[str], events: Collection[str]) -> None:
     for chunk in _chunks(events):
-        for table in (tables.event_targets, tables.events):
+        for table in (tables.gold, tables.event_targets, tables.events):
             connection.execute(sa.delete(table).where(table.c.event_id.in_(chunk)))
     delete_completions(connection, completions)
 

@@ -42,3 +42,74 @@ class StoreSettings(BaseModel):
     retention_days: float | None = Field(
         None, gt=0, description="days after which completions and their texts are deleted; none keeps them"
     )
+
+
+class RaterSettings(BaseModel):
+    """Section `[raters]`: whose votes count how much in a round, and who is asked what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    defend: bool = Field(
+        True, description="Weigh votes by what is known of their raters, and limit raters and keys."
+    )
+    rater_share: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Most of a round's vote weight that one rater has, or two equal shares if that is more.",
+    )
+    key_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Most of a round's vote weight that one key has, or two equal shares if that is more.",
+    )
+    most_set_aside: float = Field(
+        0.75,
+        ge=0,
+        lt=1,
+        description="Where these two would take more of a round's weight than this, they are raised.",
+    )
+    prompt_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Most of a prompt's vote weight that one rater has, or two equal shares if that is more.",
+    )
+    prompt_votes: float = Field(
+        2.0, gt=0, description="The votes of one rater on one prompt weigh at most as so many."
+    )
+    lone_weight: float = Field(
+        0.5, gt=0, le=1, description="What a vote weighs where nobody else judged the same responses."
+    )
+    newcomer_weight: float = Field(
+        0.5, gt=0, le=1, description="What a vote weighs while little is known of its rater."
+    )
+    newcomer_judgements: float = Field(
+        10.0,
+        gt=0,
+        description="From so many verdicts that others share, a rater's own record outweighs the prior.",
+    )
+    evidence_events: int = Field(
+        20_000, ge=1, description="Raters are assessed on so many of the latest votes."
+    )
+    automatic_quarantine: bool = Field(
+        True, description="Quarantine raters who contradict others or gold questions before a round begins."
+    )
+    quarantine_judgements: int = Field(
+        20, ge=5, description="Contradicting others leads to quarantine from so many shared verdicts on."
+    )
+    gold_share: float = Field(
+        0.1, ge=0, lt=1, description="The share of what a rater is asked that is a gold question."
+    )
+    trusted: list[str] = Field(
+        default_factory=lambda: ["import"],
+        description="Raters or keys, by id, whose votes weigh fully and have no limit.",
+    )
+    held_out: list[str] = Field(
+        default_factory=list,
+        description="Raters or keys, by id, whose votes only measure reward models and train none.",
+    )
+    held_out_share: float = Field(
+        0.0, ge=0, lt=1, description="The share of all raters that are held out besides, drawn by their id."
+    )

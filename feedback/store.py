@@ -4,6 +4,8 @@ It takes entries in and answers questions about them. It never touches the queue
 training round makes of a slice is the round's affair. The database must be migrated.
 """
 
+import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from feedback.events import Event, references
 from feedback.forgetting import Forgettings
 from feedback.intake import IngestCounts, Intake, blames_the_data, refusal
 from feedback.queue import Entry
+from feedback.rater_records import RaterRecords
 from feedback.records import Completion
 from feedback.resolution import Status
 from feedback.rows import completion_of, event_of
@@ -90,6 +93,7 @@ class Store:
         self._reader = engine.execution_options(read_only=True)
         self._waiting_hours = waiting_hours
         self._clock = clock
+        self.raters = RaterRecords(engine, clock)
 
     @property
     def forgettings(self) -> Forgettings:
@@ -179,6 +183,13 @@ class Store:
         with self._reader.connect() as connection:
             return _parts(connection, [(row.id, row.part) for row in connection.execute(query)])
 
+    def gold_completions(self) -> list[Completion]:
+        """List the records of the completions that gold questions are about."""
+        ids = {ref.completion_id for item in self.raters.gold() for ref in references(item.event.feedback)}
+        with self._reader.connect() as connection:
+            found = _completions(connection, sorted(ids))
+        return [part for id in sorted(found) for part in found[id]]
+
     def replace_scores(self, round_id: int, scores: Iterable[ResponseScore]) -> None:
         """Keep what the reward model of a round thinks of recorded responses, instead of all before.
 
@@ -194,28 +205,21 @@ class Store:
             if rows:
                 connection.execute(sa.insert(tables.response_scores), list(rows.values()))
 
-    def queries(self, limit: int, rater: str | None = None) -> list[Query]:
+    def queries(self, limit: int, rater: str | None = None, gold_share: float = 0.0) -> list[Query]:
         """List the scored prompts whose responses the reward model is least sure of, in that order.
 
-        Those with a current event of `rater` are left out: it has said what it thinks.
+        Those with a current event of `rater` are left out: it has said what it thinks. Gold questions make up
+        `gold_share` of what a rater is asked in all, wherever their own spread puts them among the others.
         """
-        table, events, targets = tables.response_scores, tables.events, tables.event_targets
-        there = sa.exists().where(tables.completions.c.id == table.c.completion_id)
-        spread = sa.func.avg(table.c.spread).label("spread")
-        query = sa.select(table.c.completion_id, table.c.part, spread).where(there)
-        if rater is not None:
-            own = sa.exists().where(
-                targets.c.completion_id == table.c.completion_id,
-                targets.c.event_id == events.c.event_id,
-                events.c.rater == rater,
-                events.c.status == "stored",
-            )
-            query = query.where(~own)
-        query = query.group_by(table.c.completion_id, table.c.part)
-        query = query.order_by(spread.desc(), table.c.completion_id, table.c.part).limit(limit)
         with self._reader.connect() as connection:
-            found = {(row.completion_id, row.part): row.spread for row in connection.execute(query)}
+            found = _scored(connection, limit, rater)
+            if rater is not None and gold_share:
+                gold = _gold_to_ask(connection, limit, rater, gold_share)
+                others = [one for one in found.items() if one[0] not in gold]
+                found = dict([*others[: limit - len(gold)], *gold.items()])
+                found = dict(sorted(found.items(), key=lambda one: (-one[1], one[0])))
             scores: dict[tuple[str, int], list[sa.Row[Any]]] = {}
+            table = tables.response_scores
             ids = sa.select(table).where(table.c.completion_id.in_([id for id, _ in found]))
             for row in connection.execute(ids.order_by(table.c.choice)):
                 scores.setdefault((row.completion_id, row.part), []).append(row)
@@ -283,6 +287,46 @@ def _parts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> list[Co
     found = _completions(connection, sorted({id for id, _ in wanted}))
     by_part = {(id, part.part): part for id, parts in found.items() for part in parts}
     return [by_part[one] for one in wanted if one in by_part]
+
+
+def _scored(
+    connection: Connection, limit: int | None, rater: str | None, *, gold: bool = False
+) -> dict[tuple[str, int], float]:
+    """Return the mean spread of scored prompts (with `gold`, those of gold questions), greatest first.
+
+    What `rater` has judged is left out.
+    """
+    table, events, targets = tables.response_scores, tables.events, tables.event_targets
+    there = sa.exists().where(tables.completions.c.id == table.c.completion_id)
+    spread = sa.func.avg(table.c.spread).label("spread")
+    query = sa.select(table.c.completion_id, table.c.part, spread).where(there)
+    if rater is not None:
+        own = sa.exists().where(
+            targets.c.completion_id == table.c.completion_id,
+            targets.c.event_id == events.c.event_id,
+            events.c.rater == rater,
+            events.c.status == "stored",
+        )
+        query = query.where(~own)
+    if gold:
+        asked = targets.join(tables.gold, tables.gold.c.event_id == targets.c.event_id)
+        query = query.where(table.c.completion_id.in_(sa.select(targets.c.completion_id).select_from(asked)))
+    query = query.group_by(table.c.completion_id, table.c.part)
+    query = query.order_by(spread.desc(), table.c.completion_id, table.c.part).limit(limit)
+    return {(row.completion_id, row.part): row.spread for row in connection.execute(query)}
+
+
+def _gold_to_ask(
+    connection: Connection, limit: int, rater: str, share: float
+) -> dict[tuple[str, int], float]:
+    """Pick the gold questions for the next `limit` that a rater is asked, the same until it answers them."""
+    events = tables.events
+    own = sa.select(sa.func.count()).select_from(events).where(events.c.rater == rater)
+    answered = connection.execute(own).scalar_one()
+    due = math.floor((answered + limit) * share) - math.floor(answered * share)
+    ids = _scored(connection, None, rater, gold=True) if due else {}
+    drawn = sorted(ids, key=lambda one: hashlib.sha256(f"{rater} {one}".encode()).digest())
+    return {one: ids[one] for one in drawn[:due]}
 
 
 def _query(

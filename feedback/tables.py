@@ -1,4 +1,4 @@
-"""The tables of completions, feedback, what was forgotten of them, and API keys."""
+"""The tables of completions, feedback, raters, what was forgotten of them, and API keys."""
 
 import sys
 from array import array
@@ -202,6 +202,30 @@ exports = sa.Table(
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("cursor", sa.BigInteger, nullable=False),
     sa.Column("cutoff", sa.BigInteger, nullable=False),
+)
+
+# Appended to, never changed: who was quarantined, why, and what an operator made of it. The writer picks
+# `sequence` itself (last + 1): of two who act at once the second meets the primary key and looks again.
+rater_log = sa.Table(
+    "rater_log",
+    METADATA,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("rater", sa.Text, nullable=False, index=True),
+    sa.Column("action", sa.String(20), nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.CheckConstraint("action IN ('quarantine', 'confirm', 'lift')", name="action"),
+)
+
+# Events whose verdict is known to be right.
+gold = sa.Table(
+    "gold",
+    METADATA,
+    sa.Column("event_id", sa.Text, sa.ForeignKey("events.event_id"), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
 )
 
 keys = sa.Table(

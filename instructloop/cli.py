@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, dead_letters, forget, lineage, rounds
+from instructloop import access, dead_letters, forget, lineage, raters, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -31,6 +31,9 @@ _EXPECTED = (
     ("feedback.keys", "UnknownKey"),
     ("feedback.forgetting", "NotARater"),
     ("feedback.queue", "QueueUnavailable"),
+    ("feedback.rater_records", "RaterConflict"),
+    ("feedback.rater_records", "UnknownRater"),
+    ("feedback.rater_records", "UnsuitableGold"),
     ("feedback.transfer", "ImportProblem"),
     ("instructloop.config", "ConfigProblem"),
     ("instructloop.database", "UnsupportedDatabase"),
@@ -137,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     access.add_keys_to(add("keys", access.listing, "make, list, rotate and revoke API keys"), seconds)
     access.add_audit_to(add("audit", access.audit, "list what operators did, newest first"))
     forget.add_to(add("forget", forget.forget, "erase all that a rater gave, or a completion"))
+    raters.add_to(
+        add("raters", raters.listing, "see who gives feedback; quarantine raters, ask gold questions")
+    )
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evaluation.settings import EvaluationSettings
-from feedback.settings import QueueSettings, StoreSettings
+from feedback.settings import QueueSettings, RaterSettings, StoreSettings
 from registry.settings import RolloutSettings
 from server.settings import ServerSettings
 from training.settings import TrainingSettings
@@ -52,6 +52,7 @@ class Config(BaseModel):
     server: ServerSettings = ServerSettings()
     queue: QueueSettings = QueueSettings()
     store: StoreSettings = StoreSettings()
+    raters: RaterSettings = RaterSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     rollout: RolloutSettings = RolloutSettings()

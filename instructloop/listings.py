@@ -1,13 +1,14 @@
-"""What the command line lists: versions, rounds, keys and actions as rows of text, a header first."""
+"""What the command line lists: versions, rounds, raters, keys and actions as rows of text, a header first."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feedback.forgetting import Forgettings
     from feedback.keys import Keys
+    from feedback.rater_records import Gold, RaterLogEntry
     from registry.audit import AuditEntry
     from registry.registry import Registry
     from registry.round_record import Difference, RoundRecord
@@ -80,14 +81,14 @@ def stages(record: "RoundRecord") -> Rows:
     for stage in record.stages:
         # The gate's result is the verdict.
         result = "" if stage.name == "gate" or not stage.result else json.dumps(stage.result)
-        rows.append((stage.name, stage.state, _text(stage.seconds), result))
+        rows.append((stage.name, stage.state, text(stage.seconds), result))
     return rows
 
 
 def figures(record: "RoundRecord") -> Rows:
     """Every figure at its last step."""
     rows: Rows = [("FIGURE", "LAST")]
-    rows += [(name, _text(value)) for name, value in record.final_figures().items()]
+    rows += [(name, text(value)) for name, value in record.final_figures().items()]
     return rows
 
 
@@ -118,6 +119,69 @@ def forgettings(forgettings: "Forgettings") -> Rows:
     return rows
 
 
+def raters(found: "Sequence[Mapping[str, Any]]") -> Rows:
+    """Every rater of a report with its state, figures, and what speaks against it."""
+    rows: Rows = [("RATER", "STATE", "VOTES", "SHARED", "AGREES", "RIGHT", "WEIGHT", "GOLD", "NOTE")]
+    for item in found:
+        notes = ["trusted"] * item["trusted"]
+        notes += [f"votes as {item['votes_as']}"] if item["votes_as"] else []
+        notes += item["suspicions"] if item["state"] == "active" else []
+        notes += [item["reason"]] if item["reason"] else []
+        rows.append(
+            (
+                item["rater"],
+                item["state"],
+                str(item["votes"]),
+                str(item["judged"]),
+                _share(item["agreement"]),
+                _share(item["accuracy"]),
+                _share(item["reliability"]),
+                f"{item['gold_right']}/{item['gold_asked']}" if item["gold_asked"] else "-",
+                " ".join(notes) or "-",
+            )
+        )
+    return rows
+
+
+def rater_log(entries: "Sequence[RaterLogEntry]") -> Rows:
+    """List what was done about raters, by whom and why."""
+    rows: Rows = [("WHEN", "ACTION", "BY", "REASON")]
+    rows += [(_when(entry.at), entry.action, entry.actor, entry.reason or "-") for entry in entries]
+    return rows
+
+
+def agreement(found: "Mapping[str, Any]") -> Rows:
+    """Show agreement in all, by task and over time: of all pairs of verdicts, and of those without a tie."""
+    rows: Rows = [("OF", "RATERS", "SHARED", "AGREE", "PAIRS", "DECIDED AGREE", "PAIRS", "ALPHA")]
+    parts = [("all", found["all"]), *found["by_task"].items()]
+    parts += [(f"{found['days']} days from {start}", own) for start, own in found["over_time"].items()]
+    for name, own in parts:
+        rows.append(
+            (
+                name,
+                str(own["raters"]),
+                str(own["units"]),
+                _share(own["share"]),
+                str(own["pairs"]),
+                _share(own["decided_share"]),
+                str(own["decided_pairs"]),
+                _share(own["alpha"]),
+            )
+        )
+    return rows
+
+
+def gold(found: "Sequence[Gold]") -> Rows:
+    """Every gold question with who made it one."""
+    rows: Rows = [("EVENT", "TYPE", "RATER", "SINCE", "BY", "REASON")]
+    for item in found:
+        event = item.event
+        rows.append(
+            (event.event_id, event.feedback.type, event.rater, _when(item.at), item.actor, item.reason or "-")
+        )
+    return rows
+
+
 def keys(keys: "Keys") -> Rows:
     """Every key without its secret."""
     rows: Rows = [("ID", "ROLE", "NAME", "MADE", "ROTATED", "OLD SECRET UNTIL", "REVOKED")]
@@ -141,7 +205,8 @@ def _when(at: float | None) -> str:
     return "-" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Show a value in a cell: texts as they are, numbers to four digits, `-` for None."""
     match value:
         case None:
             return "-"
@@ -152,6 +217,10 @@ def _text(value: Any) -> str:
     return json.dumps(value)
 
 
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _cut(value: Any) -> str:
-    text = " ".join(_text(value).split())
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
+    line = " ".join(text(value).split())
+    return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 1]}…"

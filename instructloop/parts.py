@@ -56,6 +56,7 @@ async def serve(config: Config) -> int:
             replica_id=replica_id(config),
             waiting_hours=config.store.waiting_hours,
             round_report=lambda number: round_report(config, engine, number).html(),
+            raters=config.raters,
         )
     finally:
         await client.aclose()
@@ -195,6 +196,7 @@ def compare_algorithms(
         store=store,
         registry=registry,
         make_sampler=sampler_factory(config.server.max_model_len),
+        raters=config.raters,
     )
     compared = run.compare(algorithms, range(config.training.seed, config.training.seed + seeds))
     compare.write(compared, output)
@@ -268,4 +270,5 @@ def _trainer(config: Config):  # type: ignore[no-untyped-def]
         rounds=Rounds(engine),
         data_dir=config.data_dir,
         max_model_len=config.server.max_model_len,
+        raters=config.raters,
     )

@@ -358,14 +358,10 @@ class Rounds:
         renamed = []
         with self._engine.begin() as connection:
             for id, config in connection.execute(sa.select(ROUNDS.c.id, ROUNDS.c.config)).all():
-                training = config.get("training", {})
-                weights = training.get("reward_rater_weights", {})
-                if not any(is_it(rater) for rater in weights):
-                    continue
-                weights = {name if is_it(rater) else rater: weight for rater, weight in weights.items()}
-                changed = config | {"training": training | {"reward_rater_weights": weights}}
-                connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == id).values(config=changed))
-                renamed.append(id)
+                changed = _renamed(config, is_it, name)
+                if changed != config:
+                    connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == id).values(config=changed))
+                    renamed.append(id)
         return renamed
 
     @staticmethod
@@ -390,6 +386,24 @@ class Rounds:
         state = self._get(connection, round_id).state
         if state != "running":
             raise RoundConflict(f"round {round_id} is {state}, not running")
+
+
+def _took(round_: Round, position: int, rater: str) -> bool:
+    """Whether the round learned from the event at `position` of `rater`, as far as raters decide it."""
+    assert round_.cursor is not None and round_.cutoff is not None
+    standing = round_.config.get("standing", {})
+    if any(start < position <= end for start, end in standing.get("returned", {}).get(rater, ())):
+        return True
+    return round_.cursor < position <= round_.cutoff and rater not in standing.get("held", {})
+
+
+def _renamed(value: Any, is_it: Callable[[str], bool], name: str) -> Any:
+    """Return the same JSON with `name` for every key and text that is the one."""
+    if isinstance(value, Mapping):
+        return {name if is_it(key) else key: _renamed(item, is_it, name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, is_it, name) for item in value]
+    return name if isinstance(value, str) and is_it(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -58,6 +58,15 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/dead-letters/{id}/replay", _OPERATOR),
     ("POST", "/v1/dead-letters/{id}/drop", _OPERATOR),
     ("GET", "/v1/audit", _OPERATOR),
+    ("GET", "/v1/raters", _OPERATOR),
+    ("GET", "/v1/raters/log", _OPERATOR),
+    ("GET", "/v1/raters/agreement", _OPERATOR),
+    ("POST", "/v1/raters/quarantine", _OPERATOR),
+    ("POST", "/v1/raters/confirm", _OPERATOR),
+    ("POST", "/v1/raters/lift", _OPERATOR),
+    ("GET", "/v1/gold", _OPERATOR),
+    ("POST", "/v1/gold", _OPERATOR),
+    ("DELETE", "/v1/gold/{id}", _OPERATOR),
 )
 
 

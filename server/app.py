@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.audit import AuditLog
 from registry.lineage import Lineage
@@ -46,6 +47,7 @@ from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
+from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
 from server.swap import Swapper
@@ -73,6 +75,7 @@ async def serve(
     replica_id: str,
     waiting_hours: float,
     round_report: Callable[[int], str],
+    raters: RaterSettings,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
@@ -125,10 +128,12 @@ async def serve(
                 limits=limits,
                 metrics=metrics,
                 batch_lines=settings.batch_lines,
+                gold_share=raters.gold_share,
             ).router(),
             ForgetRoutes(
                 forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
             ).router(),
+            RaterRoutes(audit=audit, store=store, settings=raters).router(),
             OperatorRoutes(
                 registry=registry,
                 rounds=rounds,
@@ -216,7 +221,7 @@ def assemble(
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Completion-Id", "X-Feedback-Token", "Retry-After"],
         )

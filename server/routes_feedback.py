@@ -40,6 +40,7 @@ from server.metrics import ServerMetrics
 from server.openapi import problems, takes_feedback, takes_lines
 
 RETRY_AFTER_SECONDS = 2
+_QUARANTINE = ("quarantined", "confirmed")
 
 Line = tuple[Event, str | None] | Problem
 """An event of a batch with its idempotency key, or why it was not taken."""
@@ -69,6 +70,7 @@ class FeedbackRoutes:
         limits: Limits,
         metrics: ServerMetrics,
         batch_lines: int,
+        gold_share: float,
     ) -> None:
         self._queue = queue
         self._store = store
@@ -78,6 +80,7 @@ class FeedbackRoutes:
         self._limits = limits
         self._metrics = metrics
         self._batch_lines = batch_lines
+        self._gold_share = gold_share
 
     def router(self) -> APIRouter:
         """Bind the handlers to their paths."""
@@ -185,11 +188,11 @@ class FeedbackRoutes:
     async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Queries:
         """List recorded prompts to judge next: those whose responses the reward model is least sure of first.
 
-        A rater is not asked about what it has judged already.
+        A rater is not asked about what it has judged already, and gold questions are among what it is asked.
         """
         caller = CALLER.get()
         rater = rater_of(caller) if caller.role == "rater" else None
-        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater)
+        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater, self._gold_share)
         return Queries(queries=[_query(query) for query in found])
 
     def _events(self, lines: Sequence[bytes], caller: Caller) -> "list[Line]":
@@ -247,12 +250,17 @@ class FeedbackRoutes:
         return EventAnswer(
             event_id=stored.event.event_id,
             status="queued" if stored.status == "waiting" else stored.status,
-            reason=stored.reason,
+            reason=self._reason(stored),
             superseded_by=stored.superseded_by,
             rounds=[use.round_id for use in learned],
             versions=[use.version for use in learned if use.version is not None],
             held_out_rounds=[use.round_id for use in uses if use.use == "held_out"],
         )
+
+    def _reason(self, stored: StoredEvent) -> str | None:
+        if stored.status == "stored" and self._store.raters.state(stored.event.rater) in _QUARANTINE:
+            return "the rater is in quarantine: this counts in no further round until an operator lifts it"
+        return stored.reason
 
     def _refused(self, problem: Problem) -> dict[str, Any]:
         """Count a line that was not taken, and answer it."""

@@ -26,6 +26,7 @@ from training.policy import Policy, with_adapter
 from training.ppo import PPO, KeepSamples
 from training.pretraining import PretrainingTexts, in_passes
 from training.progress import ReportedLogs
+from training.rater_weights import thinned
 from training.reward_model import Report
 from training.rollouts import Rollouts
 from training.settings import TrainingSettings
@@ -161,7 +162,7 @@ def rloo(task: Task, reward: Reward) -> tuple[Policy, Result]:
 
 def _dpo(task: Task) -> tuple[Policy, Result]:
     """DPO (Rafailov et al. 2023, arXiv 2305.18290) on every pair of the rankings."""
-    rows = pairs(task.side.comparisons)
+    rows = pairs(thinned(task.side, task.settings.seed).comparisons)
     if not rows:
         raise NothingToLearnFrom("DPO learns from rankings, and there are none on the training prompts")
     return _run(
@@ -178,7 +179,7 @@ def _dpo(task: Task) -> tuple[Policy, Result]:
 
 def _kto(task: Task) -> tuple[Policy, Result]:
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) on thumbs, ratings and every pair's two responses."""
-    rows = desirability(task.side)
+    rows = desirability(thinned(task.side, task.settings.seed))
     good = sum(row["label"] for row in rows)
     bad = len(rows) - good
     if not rows:

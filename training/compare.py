@@ -24,11 +24,13 @@ from evaluation.report import Response
 from evaluation.reward_model import DEVICE, RewardModel
 from evaluation.sampler import Sample
 from evaluation.settings import EvaluationSettings
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds, Stage, UnknownRound
 from training.algorithms import train
 from training.policy import Policy, load_policy, write_checkpoint
+from training.rater_weights import next_standing
 from training.reward_model import Report
 from training.round import Result, RoundRun, SamplerFactory, kl_from
 from training.settings import TrainingSettings
@@ -106,6 +108,7 @@ class ComparisonRun(RoundRun):
         store: Store,
         registry: Registry,
         make_sampler: SamplerFactory,
+        raters: RaterSettings | None = None,
     ) -> None:
         config = {
             "parent": chosen["parent"],
@@ -113,6 +116,8 @@ class ComparisonRun(RoundRun):
             "without_raters": chosen.get("without_raters", []),
             "training": training.model_dump(mode="json"),
             "evaluation": evaluation.model_dump(mode="json"),
+            "raters": (raters or RaterSettings()).model_dump(mode="json"),
+            "standing": next_standing(store, None, chosen["cursor"], chosen["cutoff"]).as_dict(),
         }
         self._config = config | {"slice": [chosen["cursor"], chosen["cutoff"]], "budget": budget.seconds}
         self._budget = budget

@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,9 @@ from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
 from feedback.privacy import PrivacyFilter
 from feedback.records import Choice, Completion, prompt_hash
+from feedback.settings import RaterSettings
 from feedback.store import Slice
+from feedback.votes import key_of
 from registry.rounds import EventUse, Use
 from training.settings import TrainingSettings
 
@@ -30,8 +32,8 @@ from training.settings import TrainingSettings
 class Comparison:
     """K responses to a prompt with their `ranks`, 0 best; equal ranks are ties.
 
-    `weight` is the rater's reliability, `rater_group` the group that accuracy is told for, `event_id` the
-    event that it is made of.
+    `weight` is how much it counts, `rater_group` the group that accuracy is told for; `event_id` and `rater`
+    say which event it was and whose.
     """
 
     prompt: Prompt
@@ -41,6 +43,7 @@ class Comparison:
     weight: float = 1.0
     rater_group: str = ""
     event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Judgement:
     weight: float = 1.0
     rater_group: str = ""
     event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +67,18 @@ class Demonstration:
     prompt: Prompt
     response: list[int]
     event_id: str = ""
+    rater: str = ""
 
 
 @dataclass(slots=True)
 class Side:
-    """All that was said on one side's prompts."""
+    """All that was said on one side's prompts; what held-out raters compared is apart, only to measure by."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     judgements: list[Judgement] = field(default_factory=list)
     demonstrations: list[Demonstration] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
+    by_held_out_raters: list[Comparison] = field(default_factory=list)
 
     @property
     def judged(self) -> list[Comparison | Judgement]:
@@ -117,7 +123,8 @@ class Dataset:
     def uses(self, settings: TrainingSettings) -> list[EventUse]:
         """Say of every event of the slice what a round with these settings does with it."""
         uses = [EventUse(event_id, "left_out", reason) for event_id, reason in self.reasons.items()]
-        uses += [EventUse(item.event_id, "held_out") for item in self.held_out.items()]
+        held_out = [*self.held_out.items(), *self.train.by_held_out_raters, *self.held_out.by_held_out_raters]
+        uses += [EventUse(item.event_id, "held_out") for item in held_out]
         uses += [EventUse(item.event_id, "trained") for item in self.train.judged]
         use: Use = "trained"
         reason = None
@@ -136,19 +143,47 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
-    """Turn the events of a slice into training data; what can't be used is counted, never guessed."""
+def is_held_out_rater(rater: str, settings: RaterSettings) -> bool:
+    """Whether nothing is trained on what a rater says: the same in every round, like a held-out prompt."""
+    if rater in settings.held_out or key_of(rater) in settings.held_out:
+        return True
+    digest = hashlib.sha256(f"held-out rater:{rater}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < settings.held_out_share * 2**64
+
+
+def build(
+    data: Slice,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    *,
+    raters: RaterSettings | None = None,
+    quarantined: Collection[str] = (),
+) -> Dataset:
+    """Turn the events of a slice into training data; what can't be used is counted, never guessed.
+
+    What `quarantined` raters say is left out, what raters say whom `raters` holds out is kept apart.
+    """
     dataset = Dataset()
+    events = [event for event in data.events if event.rater not in quarantined]
+    dataset.reasons |= {
+        event.event_id: "the rater is quarantined" for event in data.events if event.rater in quarantined
+    }
     builder = _Builder(data, tokenizer, settings)
-    for event in data.events:
+    for event in events:
         builder.note_checks(event)
-    for event in data.events:
+    for event in events:
         item = builder.item(event)
         if isinstance(item, str):
             dataset.reasons[event.event_id] = item
             continue
         held_out = is_held_out(item.prompt.key, settings.held_out_share)
         side = dataset.held_out if held_out else dataset.train
+        if raters is not None and is_held_out_rater(event.rater, raters):
+            if isinstance(item, Comparison):
+                side.by_held_out_raters.append(item)
+            else:
+                dataset.reasons[event.event_id] = "a held-out rater's, and no ranking"
+            continue
         side.prompts.setdefault(item.prompt.key, item.prompt)
         match item:
             case Comparison():
@@ -162,12 +197,16 @@ def build(data: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSet
 
 
 def with_older(
-    side: Side, older: Slice, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
+    side: Side,
+    older: Slice,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    raters: RaterSettings | None = None,
 ) -> Side:
     """Return the training side's judgements with a seeded sample of older ones, for a reward model only.
 
     Training on the newest samples alone brings regressions back (Llama 2, arXiv 2307.09288), so older ones
-    make up at most `reward_older_share` of the whole. Held-out prompts stay out.
+    make up at most `reward_older_share` of the whole. Held-out prompts and raters stay out.
     """
     new = len(side.judged)
     wanted = int(new * settings.reward_older_share / (1 - settings.reward_older_share))
@@ -175,13 +214,14 @@ def with_older(
     # As many more as will fall on the held-out side: the rest need not be tokenised.
     drawn = min(len(events), math.ceil(wanted / (1 - settings.held_out_share)))
     events = random.Random(f"{settings.seed}:older").sample(events, drawn)
-    judged = build(Slice(events, older.completions), tokenizer, settings).train.judged
+    judged = build(Slice(events, older.completions), tokenizer, settings, raters=raters).train.judged
     judged = random.Random(f"{settings.seed}:kept").sample(judged, min(len(judged), wanted))
     return Side(
         comparisons=[*side.comparisons, *(item for item in judged if isinstance(item, Comparison))],
         judgements=[*side.judgements, *(item for item in judged if isinstance(item, Judgement))],
         demonstrations=side.demonstrations,
         prompts=side.prompts,
+        by_held_out_raters=side.by_held_out_raters,
     )
 
 
@@ -266,7 +306,9 @@ class _Builder:
         if not all(responses):
             return "a response is empty"
         assert prompt is not None
-        return Comparison(prompt, responses, ranks, event.source, weight, rater_group(event), event.event_id)
+        return Comparison(
+            prompt, responses, ranks, event.source, weight, rater_group(event), event.event_id, event.rater
+        )
 
     def _judgement(
         self, given: Thumb | Rating, target: float, event: Event, weight: float
@@ -278,19 +320,21 @@ class _Builder:
         if not response:
             return "a response is empty"
         prompt = self._prompt(found[0])
-        return Judgement(prompt, response, target, given.type, weight, rater_group(event), event.event_id)
+        return Judgement(
+            prompt, response, target, given.type, weight, rater_group(event), event.event_id, event.rater
+        )
 
-    def _demonstration(self, given: DemonstrationEvent, event: Event) -> Demonstration | str:
-        if given.messages is not None:
-            messages = [message.model_dump() for message in given.messages]
+    def _demonstration(self, written: DemonstrationEvent, event: Event) -> Demonstration | str:
+        if written.messages is not None:
+            messages = [message.model_dump() for message in written.messages]
             digest = hashlib.sha256(repr(messages).encode("utf-8", "surrogatepass")).hexdigest()
             prompt = self._make_prompt(f"messages:{digest}", self._clean(self._render(messages)))
         else:
-            completion = self._first.get(given.completion_id or "")
+            completion = self._first.get(written.completion_id or "")
             if completion is None:
                 return "the completion is no longer stored"
             prompt = self._prompt(completion)
-        return Demonstration(prompt, self._written(given.text), event.event_id)
+        return Demonstration(prompt, self._written(written.text), event.event_id, event.rater)
 
     def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
         """Return a completion's prompt and its choices that aren't empty, each with its index."""

@@ -42,11 +42,13 @@ class Bin:
 class Quality:
     """What is known of a reward model from unseen rankings; None where there was too little to tell.
 
-    `spread` is the mean standard deviation over the heads, in deviations of the score.
+    `by_held_out_rater` is told, by source, for raters of whom no reward model has seen anything. `spread` is
+    the mean standard deviation over the heads, in deviations of the score.
     """
 
     by_source: Accuracies
     by_group: Accuracies
+    by_held_out_rater: Accuracies
     calibration_error: float | None
     calibration: list[Bin]
     length_correlation: float | None
@@ -57,6 +59,7 @@ class Quality:
         return {
             "held_out_accuracy": _plain(self.by_source),
             "held_out_accuracy_by_group": _plain(self.by_group),
+            "held_out_rater_accuracy": _plain(self.by_held_out_rater),
             "calibration_error": self.calibration_error,
             "calibration": [asdict(each) for each in self.calibration],
             "length_correlation": self.length_correlation,
@@ -70,6 +73,7 @@ class Quality:
             for kind, accuracies in (
                 ("held_out_accuracy", self.by_source),
                 ("held_out_accuracy_by_group", self.by_group),
+                ("held_out_rater_accuracy", self.by_held_out_rater),
             )
             for name, intervals in accuracies.items()
             for by, interval in intervals.items()
@@ -82,8 +86,13 @@ class Quality:
         return found | {name: value for name, value in single.items() if value is not None}
 
 
-def measure(model: RewardModel, comparisons: Sequence[Comparison], seed: int = 0) -> Quality:
-    """Measure `model` on rankings of prompts that it was not fitted to.
+def measure(
+    model: RewardModel,
+    comparisons: Sequence[Comparison],
+    seed: int = 0,
+    by_held_out_raters: Sequence[Comparison] = (),
+) -> Quality:
+    """Measure `model` on rankings of prompts that it was not fitted to, and on those of held-out raters.
 
     Sources and groups with fewer than two prompts are left out, as no interval can be told.
     """
@@ -97,11 +106,12 @@ def measure(model: RewardModel, comparisons: Sequence[Comparison], seed: int = 0
     error, bins = calibration(
         [d for own, item in zip(fitted, comparisons, strict=True) for d in _differences(own, item.ranks)]
     )
-    lengths = [[float(len(response)) for response in item.responses] for item in comparisons]
+    lengths = _lengths(comparisons)
     spread = torch.cat(scores).std(-1, unbiased=False).mean().item() if scores else math.nan
     return Quality(
         by_source=_accuracies(comparisons, [item.source for item in comparisons], means, lengths, seed),
         by_group=_accuracies(comparisons, [item.rater_group for item in comparisons], means, lengths, seed),
+        by_held_out_rater=_of_held_out(model, by_held_out_raters, seed),
         calibration_error=error,
         calibration=bins,
         length_correlation=within_correlation(means, lengths),
@@ -112,6 +122,16 @@ def measure(model: RewardModel, comparisons: Sequence[Comparison], seed: int = 0
 def accuracy_by_source(model: RewardModel, comparisons: Sequence[Comparison], seed: int = 0) -> Accuracies:
     """Held-out pair accuracy of `model` and of choosing the longer answer, by source, clustered by prompt."""
     return measure(model, comparisons, seed).by_source
+
+
+def _of_held_out(model: RewardModel, comparisons: Sequence[Comparison], seed: int) -> Accuracies:
+    items = [(item.prompt.token_ids, item.responses) for item in comparisons]
+    means = [own.mean(-1).tolist() for own in head_scores_of_responses(model, items)]
+    return _accuracies(comparisons, [item.source for item in comparisons], means, _lengths(comparisons), seed)
+
+
+def _lengths(comparisons: Sequence[Comparison]) -> list[list[float]]:
+    return [[float(len(response)) for response in item.responses] for item in comparisons]
 
 
 def pair_outcomes(values: Sequence[float], ranks: Sequence[int]) -> list[float]:

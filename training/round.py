@@ -35,6 +35,7 @@ from training.logprobs import total_logprobs
 from training.policy import Policy, load_policy, write_checkpoint
 from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
+from training.rater_weights import RaterWeights, older_than, raters_of, slice_of, standing_of
 from training.reward_model import Report, check_backbone, fit
 from training.reward_quality import measure
 from training.rollouts import Rollouts
@@ -92,6 +93,7 @@ class RoundRun:
         # The round's own settings: a resumed round goes on as it began, whatever has been changed since.
         self._settings = TrainingSettings(**round_.config["training"])
         self._evaluation = EvaluationSettings(**round_.config["evaluation"])
+        self._raters, self._standing = raters_of(round_.config), standing_of(round_.config)
         self._parent = registry.version(round_.config["parent"])
         self._sampler: Sampler | None = None
 
@@ -197,6 +199,12 @@ class RoundRun:
             "left_out": dict(data.left_out),
             "replaced": dict(sorted(data.replaced.items())),
             "erasures": erasures,
+            "raters": self._weights.figures()
+            | {
+                "held_out_comparisons": sum(
+                    len(side.by_held_out_raters) for side in (data.train, data.held_out)
+                )
+            },
             "prompts_of_the_file": len(more_prompts),
             "pretraining_mix": texts is not None,
         }
@@ -235,20 +243,23 @@ class RoundRun:
         """Fit the reward model that PPO maximises, on the training prompts and some of former rounds."""
         previous = self._round.config["reward_model_from"]
         start = self._directory.parent / f"{previous:04d}" / "reward_model" if previous is not None else None
-        side, new = self._with_older(), {item.event_id for item in self._dataset.train.judged}
+        side, influence = self._weights.weighed(self._with_older())
+        new = {item.event_id for item in self._dataset.train.judged}
         older = [item.event_id for item in side.judged if item.event_id not in new]
         if processes.is_first():
             self._rounds.record_older(self._round.id, older)
         model = self._fit(side, "reward_model", start)
         if processes.is_first():
             self._score_for_queries(model)
-        return {"older": len(older), **self._quality(model, "reward_model", self._dataset.held_out)}
+        quality = self._quality(model, "reward_model", self._dataset.held_out)
+        return {"older": len(older), "influence": influence, **quality}
 
     def _judge(self) -> Result:
         """Fit the gate's own reward model, on the prompts that PPO never sees."""
-        model = self._fit(self._dataset.held_out, "judge", None)
+        side, influence = self._weights.weighed(self._dataset.held_out)
+        model = self._fit(side, "judge", None)
         # The other side's pairs are new to this one.
-        return self._quality(model, "judge", self._dataset.train)
+        return {"influence": influence, **self._quality(model, "judge", self._dataset.train)}
 
     def _select(self) -> Result:
         """Let the reward model choose among SFT's checkpoints: the one whose answers score highest.
@@ -295,7 +306,7 @@ class RoundRun:
                 "slice": [self._round.cursor, self._round.cutoff],
                 "config_hash": self._round.config_hash,
                 "seed": self._settings.seed,
-                "without_raters": list(self._without_raters),
+                "without_raters": list(self._round.config.get("without_raters", ())),
                 "stages": {name: self._result(name) for name in STAGES if name not in ("publish", "gate")},
             },
         )
@@ -340,7 +351,7 @@ class RoundRun:
         return Task(
             policy=load_policy(self._directory / "sft"),
             tokenizer=self._tokenizer,
-            side=self._dataset.train,
+            side=self._weights.weighed(self._dataset.train)[0],
             prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
             reward_model=self._directory / "reward_model",
             rollouts=Rollouts(
@@ -380,26 +391,30 @@ class RoundRun:
     @cached_property
     def _dataset(self) -> Dataset:
         assert self._round.cursor is not None and self._round.cutoff is not None
-        return build(self._slice(self._round.cursor, self._round.cutoff), self._tokenizer, self._settings)
+        data = slice_of(self._store, self._round.cursor, self._round.cutoff, self._standing)
+        held = self._standing.held.keys()
+        dataset = build(
+            self._allowed(data), self._tokenizer, self._settings, raters=self._raters, quarantined=held
+        )
+        self._weights.limit_demonstrations(dataset)
+        return dataset
 
-    @property
-    def _without_raters(self) -> Sequence[str]:
-        """Digests of the raters whose events are left out."""
-        found: Sequence[str] = self._round.config.get("without_raters", ())
-        return found
+    def _allowed(self, data: Slice) -> Slice:
+        """Leave out the raters whom this round is to do without."""
+        digests: Sequence[str] = self._round.config.get("without_raters", ())
+        events = [one for one in data.events if not digests or digest(("rater", one.rater)) not in digests]
+        return Slice(events, data.completions)
 
-    def _slice(self, cursor: int, cutoff: int, as_of: int | None = None) -> Slice:
-        found = self._store.slice(cursor, cutoff, as_of)
-        if not self._without_raters:
-            return found
-        events = [one for one in found.events if digest(("rater", one.rater)) not in self._without_raters]
-        return Slice(events, found.completions)
+    @cached_property
+    def _weights(self) -> RaterWeights:
+        assert self._round.cutoff is not None
+        return RaterWeights(self._store, self._round.cutoff, self._standing, self._raters)
 
     def _with_older(self) -> Side:
         cursor, cutoff = self._round.cursor, self._round.cutoff
         assert cursor is not None and cutoff is not None
-        older = self._slice(0, cursor, as_of=cutoff)
-        return with_older(self._dataset.train, older, self._tokenizer, self._settings)
+        older = self._allowed(older_than(self._store, cursor, cutoff, self._standing))
+        return with_older(self._dataset.train, older, self._tokenizer, self._settings, self._raters)
 
     def _score_for_queries(self, model: RewardModel) -> None:
         """Let the store know how sure the reward model is of recorded responses: raters are asked by that."""
@@ -408,6 +423,8 @@ class RoundRun:
         judged = self._store.slice(self._round.cursor, self._round.cutoff).completions.values()
         latest = sorted((part for parts in judged for part in parts), key=lambda part: -part.created_at)
         asked: list[Completion] = [*self._store.unjudged(limit), *latest[:limit]]
+        # Gold questions too, or raters could tell them from the others.
+        asked += self._store.gold_completions() if limit else []
         found = responses_of(asked, self._tokenizer, self._settings)
         items = [(prompt.token_ids, [ids for _, ids in responses]) for prompt, responses in found]
         scored = [
@@ -445,7 +462,7 @@ class RoundRun:
 
     def _quality(self, model: RewardModel, stage: str, unseen: Side) -> Result:
         """Keep and return how good `model` is on rankings of prompts that it was not fitted to."""
-        quality = measure(model, unseen.comparisons, self._settings.seed)
+        quality = measure(model, unseen.comparisons, self._settings.seed, unseen.by_held_out_raters)
         self._keep(stage, 0, quality.metrics())
         return quality.figures()
 

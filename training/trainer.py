@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from feedback.tombstones import digest
 from registry.descent import learned
@@ -24,11 +25,16 @@ from registry.rounds import Round, Rounds
 from training import processes
 from training.disk import check_space, tidy
 from training.failures import explain
+from training.rater_weights import next_standing, quarantine_suspects, raters_of, standing_of
 from training.round import Result, RoundRefused, RoundRun, SamplerFactory
 from training.settings import TrainingSettings
 from training.trackers import Trackers
 
-_SECTIONS: dict[str, type[BaseModel]] = {"training": TrainingSettings, "evaluation": EvaluationSettings}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
+    "raters": RaterSettings,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +77,11 @@ class Trainer:
         data_dir: Path,
         max_model_len: int,
         make_sampler: SamplerFactory | None = None,
+        raters: RaterSettings | None = None,
     ) -> None:
         self._settings = settings
         self._evaluation = evaluation
+        self._raters = raters or RaterSettings()
         self._store = store
         self._registry = registry
         self._rounds = rounds
@@ -221,15 +229,19 @@ class Trainer:
         desired = self._registry.desired()
         if desired is None:
             raise RoundRefused("no version is in service, so there is nothing to train from")
-        config = self._config(desired.name, last)
+        for rater in quarantine_suspects(self._store, self._raters, cutoff):
+            logger.warning("%s is quarantined; `instructloop raters show %s` says why", rater, rater)
+        config = self._config(desired.name, last, cursor, cutoff)
         return self._rounds.begin(cursor, cutoff, config, self._settings.seed)
 
-    def _config(self, parent: str, last: Round | None) -> dict[str, Any]:
+    def _config(self, parent: str, last: Round | None, cursor: int, cutoff: int) -> dict[str, Any]:
         return {
             "parent": parent,
             "reward_model_from": last.id if last and self._is_a_start(last) else None,
             "training": self._settings.model_dump(mode="json"),
             "evaluation": self._evaluation.model_dump(mode="json"),
+            "raters": self._raters.model_dump(mode="json"),
+            "standing": next_standing(self._store, last, cursor, cutoff).as_dict(),
         }
 
     def _without(self, rater: str, start: str | None) -> tuple[dict[str, Any], int]:
@@ -249,7 +261,8 @@ class Trainer:
         origin = version.manifest.round_id
         last = self._rounds.get(origin) if origin is not None else None
         cursor = (last.cutoff or 0) if last else 0
-        return self._config(version.name, last) | {"without_raters": [name]}, cursor
+        config = self._config(version.name, last, cursor, self._store.head())
+        return config | {"without_raters": [name]}, cursor
 
     def _before(self, touched: Collection[str]) -> str:
         """Return the version that the first of these was trained from, as long as it is none of them."""
@@ -277,13 +290,16 @@ class Trainer:
                 f"round {original.id} started from round {previous}'s reward model, which was tidied away: "
                 "pin rounds that you want to repeat (`instructloop rounds pin`)"
             )
-        values = {name: dict(original.config[name]) for name in _SECTIONS}
+        values = {name: dict(original.config.get(name, {})) for name in _SECTIONS}
+        values["raters"] = raters_of(original.config).model_dump(mode="json")
         for key, value in overrides.items():
             section, _, name = key.partition(".")
             if section not in _SECTIONS or name not in _SECTIONS[section].model_fields:
-                raise RoundRefused(f"{key} is not a setting of a round: it is training.… or evaluation.…")
+                sections = ", ".join(f"{name}.…" for name in _SECTIONS)
+                raise RoundRefused(f"{key} is not a setting of a round: those are {sections}")
             values[section][name] = value
-        config: dict[str, Any] = {"parent": parent, "reward_model_from": previous}
+        standing = standing_of(original.config).as_dict()
+        config: dict[str, Any] = {"parent": parent, "reward_model_from": previous, "standing": standing}
         if "without_raters" in original.config:
             config["without_raters"] = original.config["without_raters"]
         for name, settings in _SECTIONS.items():

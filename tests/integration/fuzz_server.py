@@ -20,7 +20,7 @@ from feedback.events import Event, Thumb
 from feedback.keys import Keys
 from feedback.queue import Entry, FeedbackQueue, StreamReader
 from feedback.records import Choice, Completion
-from feedback.settings import QueueSettings
+from feedback.settings import QueueSettings, RaterSettings
 from feedback.store import ResponseScore, Store
 from instructloop.database import connect, migrate
 from registry.audit import AuditLog
@@ -37,6 +37,7 @@ from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
+from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
 
@@ -108,6 +109,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     limits=limits,
                     metrics=metrics,
                     batch_lines=settings.batch_lines,
+                    gold_share=0.1,
                 ).router(),
                 OperatorRoutes(
                     registry=registry,
@@ -120,6 +122,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                 ForgetRoutes(
                     forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
                 ).router(),
+                RaterRoutes(store=store, settings=RaterSettings(), audit=audit).router(),
                 LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
                 DeadLetterRoutes(dead_letters, audit).router(),
             ]

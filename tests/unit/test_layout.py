@@ -100,6 +100,7 @@ def light_modules() -> list[str]:
         "dead_letters",
         "lineage",
         "listings",
+        "raters",
         "rounds",
         "forget",
         "upkeep",

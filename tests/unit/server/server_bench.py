@@ -17,6 +17,7 @@ from feedback.events import Event
 from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import Choice, Completion
+from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.audit import AuditLog
 from registry.lineage import Lineage
@@ -32,6 +33,7 @@ from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
+from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
 
@@ -111,6 +113,7 @@ class Bench:
     key_ids: dict[str, str]
     obstacle: str | None = None
     dead: bool = False
+    raters: RaterSettings = field(default_factory=RaterSettings)
     settings: ServerSettings = field(
         default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
     )
@@ -137,10 +140,12 @@ class Bench:
                 limits=limits,
                 metrics=self.metrics,
                 batch_lines=self.settings.batch_lines,
+                gold_share=self.raters.gold_share,
             ).router(),
             ForgetRoutes(
                 forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds, audit=audit
             ).router(),
+            RaterRoutes(audit=audit, store=self.store, settings=self.raters).router(),
             OperatorRoutes(
                 registry=self.registry,
                 rounds=self.rounds,
