@@ -11,6 +11,7 @@ from unit.training.tiny import TransformersSampler
 
 from evaluation.settings import EvaluationSettings
 from feedback.settings import RaterSettings
+from registry.lineage import Lineage
 from registry.round_record import read_record, same_weights
 from registry.rounds import Round
 from training.settings import TrainingSettings
@@ -69,11 +70,11 @@ def test_a_contrary_rater_is_held_back_until_it_is_lifted(installation: RoundIns
     assert found["reward_model"]["influence"]["reasons"]
     assert set(found["reward_model"]["influence"]["largest"]) <= {"k/", *GOOD}
     assert 0 <= found["judge"]["held_out_rater_accuracy"]["serving"]["model"]["estimate"] <= 1
-    held = store.event("k/bad-chatcmpl-1-3")
-    assert held is not None
-    assert held.position is not None
-    assert rounds.learned_from(held.position, "k/bad") == []
-    assert [one.id for one in rounds.learned_from(held.position, "k/a")] == [first.id]
+    lineage = Lineage(installation.engine)
+    held = lineage.uses("k/bad-chatcmpl-1-3")
+    assert [(use.round_id, use.use, use.reason) for use in held] == [
+        (first.id, "left_out", "the rater is quarantined")
+    ]
 
     # A repeat does the same, whatever became of the rater since.
     store.raters.lift("k/bad", actor="op", reason="a taste of its own")
@@ -91,7 +92,8 @@ def test_a_contrary_rater_is_held_back_until_it_is_lifted(installation: RoundIns
     assert found["dataset"]["raters"]["quarantined"] == []
     counted = sum(found["dataset"][side]["comparisons"] for side in ("train", "held_out"))
     assert counted == 40 + 20
-    assert [one.id for one in rounds.learned_from(held.position, "k/bad")] == [second.id]
+    later = [use for use in lineage.uses("k/bad-chatcmpl-1-3") if use.round_id == second.id]
+    assert [use.use for use in later] in (["trained"], ["held_out"])
     changed = trainer(installation, raters).repeat(second.id, {"raters.defend": False})
     assert changed.config["raters"]["defend"] is False
     assert changed.config["standing"] == second.config["standing"]

@@ -6,12 +6,17 @@ import httpx
 import pytest
 from server_bench import Bench
 
+from registry.rounds import EventUse, Use
 from server.access import ROUTES
 
 
 def error(response: httpx.Response) -> tuple[int, str, str | None]:
     body = response.json()["error"]
     return response.status_code, body["type"], body["param"]
+
+
+def operator(bench: Bench) -> str:
+    return f"key {bench.key_ids['operator']} (operator)"
 
 
 async def give(bench: Bench, rater: str, value: str = "up", completion_id: str | None = None) -> str:
@@ -49,9 +54,9 @@ async def test_a_quarantine_is_seen_confirmed_and_lifted(bench: Bench) -> None:
         assert (await http.post("/v1/raters/lift", json={"rater": rater})).json()["state"] == "lifted"
         entries = (await http.get("/v1/raters/log", params={"rater": rater})).json()["entries"]
         assert [(e["action"], e["actor"], e["reason"]) for e in entries] == [
-            ("quarantine", "operator", "spam"),
-            ("confirm", "operator", ""),
-            ("lift", "operator", ""),
+            ("quarantine", operator(bench), "spam"),
+            ("confirm", operator(bench), ""),
+            ("lift", operator(bench), ""),
         ]
         assert (await http.get("/v1/raters/log?rater=other")).json()["entries"] == []
 
@@ -110,7 +115,7 @@ async def test_gold_questions_are_added_listed_and_removed(bench: Bench) -> None
     async with bench.http("operator") as http:
         added = await http.post("/v1/gold", json={"event_id": event_id, "reason": "plain"})
         assert added.status_code == 200
-        assert (added.json()["event_id"], added.json()["actor"]) == (event_id, "operator")
+        assert (added.json()["event_id"], added.json()["actor"]) == (event_id, operator(bench))
         (listed,) = (await http.get("/v1/gold")).json()["gold"]
         assert listed == added.json()
         assert listed["feedback"]["value"] == "up"
@@ -127,37 +132,34 @@ async def test_gold_questions_are_added_listed_and_removed(bench: Bench) -> None
 async def test_receipts_say_that_a_rater_is_in_quarantine_and_which_rounds_took_its_events(
     bench: Bench,
 ) -> None:
-    def learn(held: dict[str, Any], returned: dict[str, Any], version: str) -> int:
+    def learn(version: str, **uses: Use) -> int:
         last = bench.rounds.last_done()
-        standing = {"held": held, "returned": returned, "gold": []}
         cursor = (last.cutoff or 0) if last else 0
-        round_ = bench.rounds.begin(cursor, bench.store.head(), {"standing": standing}, 0)
+        round_ = bench.rounds.begin(cursor, bench.store.head(), {}, 0)
+        bench.rounds.record_uses(round_.id, [EventUse(ids[name], use) for name, use in uses.items()])
         bench.rounds.finish(round_.id, "done", version=version)
         return round_.id
 
-    before = await give(bench, "bob")
-    first = learn({}, {}, "policy-0001")
     rater = f"{bench.key_ids['client']}/bob"
-    during = await give(bench, "bob")
-    other = await give(bench, "ann")
+    ids = {"before": await give(bench, "bob")}
+    first = learn("policy-0001", before="trained")
+    ids |= {"during": await give(bench, "bob"), "other": await give(bench, "ann")}
     bench.store.raters.quarantine(rater, actor="op", reason="")
-    second = learn({rater: [[1, 3]]}, {}, "policy-0002")
-    assert (await receipt(bench, before))["rounds"] == [first]
-    held = await receipt(bench, during)
+    second = learn("policy-0002", during="left_out", other="trained")
+    assert (await receipt(bench, ids["before"]))["rounds"] == [first]
+    held = await receipt(bench, ids["during"])
     assert (held["status"], held["rounds"], held["versions"]) == ("stored", [], [])
     assert (
         held["reason"]
         == "the rater is in quarantine: this counts in no further round until an operator lifts it"
     )
-    assert (await receipt(bench, other))["rounds"] == [second]
+    assert (await receipt(bench, ids["other"]))["rounds"] == [second]
     bench.store.raters.lift(rater, actor="op", reason="")
-    after = await give(bench, "bob")
-    assert (await receipt(bench, during))["reason"] is None
-    third = learn({}, {rater: [[1, 3]]}, "policy-0003")
-    found = await receipt(bench, during)
+    assert (await receipt(bench, ids["during"]))["reason"] is None
+    third = learn("policy-0003", during="trained")
+    found = await receipt(bench, ids["during"])
     assert (found["rounds"], found["versions"]) == ([third], ["policy-0003"])
-    assert (await receipt(bench, after))["rounds"] == [third]
-    assert (await receipt(bench, before))["rounds"] == [first]
+    assert (await receipt(bench, ids["before"]))["rounds"] == [first]
 
 
 async def test_all_of_this_is_the_operators(bench: Bench) -> None:
