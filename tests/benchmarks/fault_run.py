@@ -141,6 +141,8 @@ class Run:
             "INSTRUCTLOOP_SERVER__PORT": str(port),
             "INSTRUCTLOOP_QUEUE__TIMEOUT_SECONDS": "3",
             "INSTRUCTLOOP_QUEUE__WAIT_REPLICAS": "1" if self.replicated else "0",
+            "INSTRUCTLOOP_SERVER__RATE_PER_KEY": "none",
+            "INSTRUCTLOOP_SERVER__RATE_PER_RATER": "none",
             "OMP_NUM_THREADS": "1",
         }
         config = configuration.load(environment=environment)
@@ -211,7 +213,7 @@ class Run:
 
     async def generated(self) -> str:
         """Ask for a completion; returns its id."""
-        body = {"model": "policy", "messages": [{"role": "user", "content": "Name a fruit."}]}
+        body = {"model": "policy", "n": 3, "messages": [{"role": "user", "content": "Name a fruit."}]}
         answer = await self._client.post(f"{self._server_url}/v1/chat/completions", json=body)
         answer.raise_for_status()
         id_ = str(answer.headers["X-Completion-Id"])

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
 from feedback.records import Choice, Completion, WeightSpan
@@ -23,11 +24,12 @@ from feedback.spool import Spool
 from feedback.store import Store
 from instructloop import config as configuration
 from instructloop import installation
-from registry.rounds import Rounds
+from registry.lineage import Lineage
 from server.access import Authenticator
 from server.app import assemble
 from server.context import GENERATION, Generation
 from server.identity import Identity
+from server.limits import Limits, redis_counters
 from server.metrics import ServerMetrics
 from server.recorder import Recorder
 from server.routes_feedback import FeedbackRoutes
@@ -79,7 +81,11 @@ async def serve() -> None:
     config = configuration.load()
     database = installation.open_database(config)
     identity = Identity(installation.ensure_secret(config.data_dir), token_hours=1)
-    client = redis.asyncio.Redis.from_url(config.queue_url)
+    # As `instructloop.parts` makes it.
+    pool: redis.asyncio.ConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
+        config.queue_url, timeout=config.queue.timeout_seconds
+    )
+    client = redis.asyncio.Redis.from_pool(pool)
     queue = FeedbackQueue(client, config.queue)
     metrics = ServerMetrics(CollectorRegistry())
     store = Store(database)
@@ -90,6 +96,7 @@ async def serve() -> None:
         limit=config.server.recorder_queue,
         batch=config.server.recorder_batch,
     )
+    limits = Limits(redis_counters(client, f"{config.queue.stream}:limit"), config.server, metrics)
     state = StateRoutes(
         queue=queue,
         metrics=metrics,
@@ -101,17 +108,21 @@ async def serve() -> None:
     feedback = FeedbackRoutes(
         queue=queue,
         store=store,
-        rounds=Rounds(database),
+        dead_letters=DeadLetters(database, config.store.waiting_hours),
+        lineage=Lineage(database),
         identity=identity,
+        limits=limits,
         metrics=metrics,
         batch_lines=config.server.batch_lines,
+        gold_share=config.raters.gold_share,
     )
     app = assemble(
         engine_app(recorder),
         [state.router(), feedback.router()],
         settings=config.server,
         identity=identity,
-        authenticator=Authenticator(Keys(database).verify, identity),
+        authenticator=Authenticator(Keys(database), identity),
+        limits=limits,
         obstacle=lambda: None,
     )
     recording = asyncio.create_task(recorder.run())

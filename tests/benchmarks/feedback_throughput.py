@@ -76,7 +76,12 @@ class Place:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.environment = os.environ | {"INSTRUCTLOOP_DATA_DIR": str(directory), "OMP_NUM_THREADS": "1"}
+        self.environment = os.environ | {
+            "INSTRUCTLOOP_DATA_DIR": str(directory),
+            # Counted as always, and never reached.
+            "INSTRUCTLOOP_SERVER__RATE_PER_KEY": "100000000/minute",
+            "OMP_NUM_THREADS": "1",
+        }
         self.redis_url = redis_process.url(directory)
 
     def spawn(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
