@@ -1,7 +1,7 @@
 """What people said of responses: the four feedback types and the envelope that carries one to the store."""
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
@@ -104,17 +104,24 @@ Feedback = Annotated[Thumb | Rating | Ranking | Demonstration, Field(discriminat
 FEEDBACK: TypeAdapter[Thumb | Rating | Ranking | Demonstration] = TypeAdapter(Feedback)
 
 
-def references(feedback: Feedback) -> list[ChoiceRef]:
+class Reference(NamedTuple):
+    """Names one choice of one completion that an event speaks of."""
+
+    completion_id: str
+    choice: int
+
+
+def references(feedback: Feedback) -> list[Reference]:
     """List the choices that an event speaks of, in its own order; none for a demonstration on `messages`."""
     match feedback:
+        case Thumb() | Rating():
+            return [Reference(feedback.completion_id, feedback.choice)]
         case Ranking(groups=groups):
-            return [ref for group in groups for ref in group]
+            return [Reference(ref.completion_id, ref.choice) for group in groups for ref in group]
         case Demonstration(completion_id=None):
             return []
         case Demonstration(completion_id=str() as completion_id):
-            return [ChoiceRef(completion_id=completion_id)]
-        case Thumb() | Rating():
-            return [ChoiceRef(completion_id=feedback.completion_id, choice=feedback.choice)]
+            return [Reference(completion_id, 0)]
     raise AssertionError(f"unknown feedback {feedback!r}")
 
 

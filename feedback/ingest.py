@@ -3,6 +3,7 @@
 Killed anywhere, it leaves entries that are read again and change nothing if they were committed.
 """
 
+import gc
 import logging
 import threading
 
@@ -25,6 +26,8 @@ def run(reader: StreamReader, store: Store, stop: threading.Event) -> None:
     Redis or a database that is away is waited for, with growing pauses: entries stay in the stream, and are
     acknowledged only after they are committed.
     """
+    # What is loaded by now stays: to look it all through for garbage would take longer than the parsing.
+    gc.freeze()
     pause_seconds = _FIRST_PAUSE_SECONDS
     while not stop.is_set():
         try:

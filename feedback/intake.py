@@ -5,8 +5,9 @@ It runs inside a transaction that `store` opens and commits. Idempotent: what is
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,10 +16,10 @@ from sqlalchemy.engine import Connection
 
 from feedback import tables
 from feedback.entries import Letter
-from feedback.events import Event, references
+from feedback.events import Event, Reference, references
 from feedback.forgetting import bury_late
 from feedback.records import Completion
-from feedback.resolution import Part, Status, resolve
+from feedback.resolution import Outcome, Part, Status, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
 from feedback.tombstones import Tombstones, completion_names, event_names, raw_names
 
@@ -55,6 +56,10 @@ class _Candidate:
     event: Event
     before: Status | None = None
     expired: bool = False
+    refs: list[Reference] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.refs = references(self.event.feedback)
 
 
 @dataclass(slots=True)
@@ -168,7 +173,9 @@ class Intake:
         undecided = events.c.status.in_(("waiting", "rejected"))
         rows = list(self._select(joined.where(undecided), targets.c.completion_id, completion_ids))
         rows += self._connection.execute(
-            sa.select(events).where(events.c.status == "waiting", events.c.ingested_at < self._expired_before)
+            sa.select(events).where(
+                sa.text("events.status = 'waiting'"), events.c.ingested_at < self._expired_before
+            )
         )
         unique = {row.event_id: row for row in rows}
         ordered = sorted(unique.values(), key=lambda row: (row.ingested_at, row.received_at, row.event_id))
@@ -183,8 +190,7 @@ class Intake:
 
     def _settle(self, candidates: Sequence[_Candidate]) -> IngestCounts:
         """Decide every candidate in order and write the decisions."""
-        known = self._parts({r.completion_id for c in candidates for r in references(c.event.feedback)})
-        rows = [self._decided(candidate, known) for candidate in candidates]
+        rows = self._decided(candidates)
         superseded = self._supersede([row for row in rows if row["status"] == "stored"])
         # Earlier holders first: the index of current events allows one at a time.
         self._update(superseded)
@@ -195,7 +201,7 @@ class Intake:
             if c.before not in (None, row["status"])
         ]
         self._insert(tables.events, new)
-        self._insert(tables.event_targets, _target_rows([c.event for c in candidates if c.before is None]))
+        self._insert(tables.event_targets, _target_rows(c for c in candidates if c.before is None))
         self._update(settled)
         status = [row["status"] for row in (*new, *settled)]
         return IngestCounts(
@@ -206,29 +212,40 @@ class Intake:
             resolved=len(settled),
         )
 
-    def _decided(self, candidate: _Candidate, known: Mapping[str, list[Part]]) -> dict[str, Any]:
-        outcome = resolve(candidate.event.feedback, known)
-        status = "rejected" if candidate.expired and outcome.status == "waiting" else outcome.status
-        reason = outcome.reason if status == "rejected" else None
-        decided = {"ingested_at": self._now, "status": status, "reason": reason}
-        return event_row(candidate.event) | decided | dict.fromkeys(_SUPERSEDING)
+    def _decided(self, candidates: Sequence[_Candidate]) -> list[dict[str, Any]]:
+        """Make the rows of the candidates, with what was decided of each."""
+        there = self._choices({ref.completion_id for candidate in candidates for ref in candidate.refs})
+        # Most speak of one choice, and it is there. Of the rest more must be known.
+        others = [c for c in candidates if len(c.refs) > 1 or not there.issuperset(c.refs)]
+        known = self._parts({ref.completion_id for candidate in others for ref in candidate.refs})
+        outcomes = {id(candidate): resolve(candidate.refs, known) for candidate in others}
+        rows = []
+        for candidate in candidates:
+            outcome = outcomes.get(id(candidate), _STORED)
+            status = "rejected" if candidate.expired and outcome.status == "waiting" else outcome.status
+            row = event_row(candidate.event)
+            row.update(_UNDECIDED, ingested_at=self._now, status=status)
+            if status == "rejected":
+                row["reason"] = outcome.reason
+            rows.append(row)
+        return rows
 
     def _supersede(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give each row its position; where a rater spoke twice of a target, the later received one counts.
 
         Changes `rows` and returns the changes to events that were current before this batch.
         """
-        holders = self._holders({row["target"] for row in rows})
+        holders = self._holders({(row["target"], row["rater"], row["type"]) for row in rows})
         in_batch = {row["event_id"]: row for row in rows}
         changes = []
         for row in rows:
             self._position += 1
             row["position"] = self._position
-            holder = holders.get((row["rater"], row["type"], row["target"]))
+            holder = holders.get((row["target"], row["rater"], row["type"]))
             if holder is not None and holder.received_at > row["received_at"]:
                 row.update(_superseded(holder.event_id, self._position))
                 continue
-            holders[row["rater"], row["type"], row["target"]] = _Holder(row["event_id"], row["received_at"])
+            holders[row["target"], row["rater"], row["type"]] = _Holder(row["event_id"], row["received_at"])
             if holder is None:
                 continue
             change = _superseded(row["event_id"], self._position)
@@ -238,25 +255,42 @@ class Intake:
                 changes.append({"event_id": holder.event_id} | change)
         return changes
 
-    def _holders(self, targets: set[str]) -> dict[tuple[str, str, str], _Holder]:
-        events = tables.events
-        current = sa.select(events).where(events.c.status == "stored")
-        return {
-            (row.rater, row.type, row.target): _Holder(row.event_id, row.received_at)
-            for row in self._select(current, events.c.target, targets)
-        }
+    def _holders(self, judged: set[tuple[str, str, str]]) -> dict[tuple[str, str, str], _Holder]:
+        """Find the current events of the given (target, rater, type)."""
+        columns = tables.events.c
+        key = (columns.target, columns.rater, columns.type)
+        # In clear, not as a parameter: SQLite must see that the index of current events is the one to use.
+        current: sa.Select[Any] = sa.select(*key, columns.event_id, columns.received_at).where(
+            sa.text("events.status = 'stored'")
+        )
+        if self._connection.dialect.name == "sqlite":
+            # It would scan that index for a list of tuples, and look each up for a list of rows.
+            wanted = sa.func.json_each(json.dumps(sorted(judged))).table_valued("value", name="wanted")
+            fields = [sa.func.json_extract(wanted.c.value, f"$[{i}]") for i in range(len(key))]
+            matches = sa.and_(*(column == field for column, field in zip(key, fields, strict=True)))
+            rows = iter(self._connection.execute(current.select_from(wanted.join(tables.events, matches))))
+        else:
+            rows = self._select(current, sa.tuple_(*key), judged)
+        return {(row.target, row.rater, row.type): _Holder(row.event_id, row.received_at) for row in rows}
+
+    def _choices(self, completion_ids: set[str]) -> set[Reference]:
+        """Find the choices of completions. The index tells all: their rows, long with texts, are not read."""
+        columns = tables.choices.c
+        query = sa.select(columns.completion_id, columns.index)
+        rows = self._select(query, columns.completion_id, completion_ids)
+        return {Reference(completion_id, index) for completion_id, index in map(tuple, rows)}
 
     def _parts(self, completion_ids: set[str]) -> dict[str, list[Part]]:
-        columns = tables.completions.c
+        columns, choices = tables.completions.c, tables.choices.c
         query = sa.select(columns.id, columns.part, columns.parts, columns.prompt_hash)
-        indexes = sa.select(tables.choices.c.completion_id, tables.choices.c.part, tables.choices.c["index"])
-        choices: dict[tuple[str, int], set[int]] = {}
-        for row in self._select(indexes, tables.choices.c.completion_id, completion_ids):
-            choices.setdefault((row.completion_id, row.part), set()).add(row._mapping["index"])
+        indexes = sa.select(choices.completion_id, choices.part, choices.index)
+        found: dict[tuple[str, int], set[int]] = {}
+        for id, part, index in map(tuple, self._select(indexes, choices.completion_id, completion_ids)):
+            found.setdefault((id, part), set()).add(index)
         known: dict[str, list[Part]] = {}
-        for row in self._select(query, columns.id, completion_ids):
-            found = frozenset(choices.get((row.id, row.part), ()))
-            known.setdefault(row.id, []).append(Part(row.part, row.parts, row.prompt_hash, found))
+        for id, part, parts, prompt_hash in map(tuple, self._select(query, columns.id, completion_ids)):
+            indexes_of = frozenset(found.get((id, part), ()))
+            known.setdefault(id, []).append(Part(part, parts, prompt_hash, indexes_of))
         return known
 
     def _bury(self, letters: Sequence[Letter]) -> int:
@@ -282,12 +316,13 @@ class Intake:
             self._connection.execute(sa.delete(tables.dead_letters).where(column.in_(chunk)))
 
     def _select(
-        self, query: sa.Select[Any], column: sa.ColumnElement[str], values: set[str]
+        self, query: sa.Select[Any], column: sa.ColumnElement[Any], values: set[Any]
     ) -> Iterator[sa.Row[Any]]:
         """Rows where `column` is one of `values`, in as many statements as it takes."""
         ordered = sorted(values)
         for start in range(0, len(ordered), _CHUNK):
-            yield from self._connection.execute(query.where(column.in_(ordered[start : start + _CHUNK])))
+            chunk = ordered[start : start + _CHUNK]
+            yield from self._connection.execute(query.where(column.in_(chunk))).all()
 
     def _insert(self, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
@@ -305,17 +340,19 @@ class Intake:
 
 
 _SUPERSEDING = ("position", "superseded_by", "superseded_position")
+_UNDECIDED = dict.fromkeys(("reason", *_SUPERSEDING))
+_STORED = Outcome("stored")
 
 
 def _superseded(by: str, position: int) -> dict[str, Any]:
     return {"status": "superseded", "superseded_by": by, "superseded_position": position}
 
 
-def _target_rows(events: Sequence[Event]) -> list[dict[str, str]]:
+def _target_rows(candidates: Iterable[_Candidate]) -> list[dict[str, str]]:
     return [
-        {"event_id": event.event_id, "completion_id": completion_id}
-        for event in events
-        for completion_id in sorted({ref.completion_id for ref in references(event.feedback)})
+        {"event_id": candidate.event.event_id, "completion_id": completion_id}
+        for candidate in candidates
+        for completion_id in {ref.completion_id: None for ref in candidate.refs}
     ]
 
 

@@ -1,8 +1,14 @@
 """The Redis stream between those who produce records (asyncio) and ingest, which stores them (blocking).
 
 One stream carries completions and events, so that their order is kept. It owns the promise that an accepted
-event is on disk in Redis exactly once; moving it on is `ingest`, remembering it `store`. Every auxiliary key
-lies in the stream's hash slot (`{stream}:…`), so that the script also runs on a cluster.
+event is on disk in Redis exactly once, and has reached as many replicas as `wait_replicas` says; moving it on
+is `ingest`, remembering it `store`. Every auxiliary key lies in the stream's hash slot (`{stream}:…`), so
+that the script also runs on a cluster.
+
+What was not acknowledged may be there all the same: Redis may have been cut off, or too few replicas reached,
+after it was written. The same event id, or the same idempotency key, then finds it and adds nothing. If not
+even Redis remembers it (a replica took over), the store knows it by the event id, which an idempotency key
+and what was said decide alone.
 """
 
 import asyncio
@@ -21,6 +27,7 @@ from pydantic_core import PydanticSerializationError
 from redis.exceptions import RedisError
 
 from feedback.events import Event, body_digest
+from feedback.grouping import Grouped
 from feedback.records import SCHEMA, Completion
 from feedback.settings import QueueSettings
 
@@ -31,16 +38,21 @@ LARGEST_ENTRY_BYTES = 64 * 2**20
 # ARGV: event id, key id, event as JSON, digest of what was said, lifetime of the idempotency key in seconds,
 # schema version.
 # The entry comes before any key: if Redis refuses it for lack of memory, nothing claims that it is there.
+# A duplicate writes its key again, so that a WAIT behind it also speaks of the write that was first.
 _SUBMIT = """
 if KEYS[3] then
   local seen = redis.call('GET', KEYS[3])
   if seen then
-    local same = string.sub(seen, 1, 64) == ARGV[4]
-    return {string.sub(seen, 66), same and 'duplicate' or 'conflict'}
+    if string.sub(seen, 1, 64) ~= ARGV[4] then
+      return 'conflict:' .. string.sub(seen, 66)
+    end
+    redis.call('SET', KEYS[3], seen, 'KEEPTTL')
+    return 'duplicate:' .. string.sub(seen, 66)
   end
 end
 if redis.call('EXISTS', KEYS[2]) == 1 then
-  return {ARGV[1], 'duplicate'}
+  redis.call('SET', KEYS[2], ARGV[2])
+  return 'duplicate:' .. ARGV[1]
 end
 redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', ARGV[3], 'event', ARGV[1], 'key', ARGV[2],
   'schema', ARGV[6])
@@ -48,7 +60,7 @@ redis.call('SET', KEYS[2], ARGV[2])
 if KEYS[3] then
   redis.call('SET', KEYS[3], ARGV[4] .. ':' .. ARGV[1], 'EX', ARGV[5])
 end
-return {ARGV[1], 'queued'}
+return 'queued:' .. ARGV[1]
 """
 # Forgets consumers that hold no entry and whose process is long gone: each process has a name of its own. A
 # live one that were meant by mistake would be made anew when it next reads.
@@ -80,9 +92,15 @@ redis.call('XSETID', KEYS[1], last)
 return 1
 """
 _PIPELINE = 500
+_SENDERS = 2
 _SAVE_SECONDS = 600.0
 _TURN_SECONDS = 10.0
-_DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+_DURABLE = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "no-appendfsync-on-rewrite": "no",
+    "maxmemory-policy": "noeviction",
+}
 
 
 class QueueUnavailable(Exception):  # noqa: N818
@@ -130,26 +148,30 @@ class Entry:
 
 
 class FeedbackQueue:
-    """Puts completions and feedback onto the stream. Safe to share between tasks of one event loop."""
+    """Puts completions and feedback onto the stream. Safe to share between tasks of one event loop.
+
+    Tasks that submit at the same time share round trips: what comes while Redis writes one batch to its disk
+    goes with the next.
+    """
 
     def __init__(self, client: redis.asyncio.Redis, settings: QueueSettings) -> None:
         self._client: Any = client
         self._settings = settings
-        self._script: Any = client.register_script(_SUBMIT)
         self._durable_until = 0.0
+        self._check: asyncio.Task[str | None] | None = None
+        self._grouped = Grouped(self._evaluate, limit=_PIPELINE, at_once=_SENDERS)
 
     async def submit(self, event: Event, idempotency_key: str | None = None) -> Receipt:
         """Queue one event; when it returns, Redis has it on disk.
 
         A second submit of the same event id, or with the same idempotency key of the same giver (`key_id`),
-        adds nothing and names the first event. Raises QueueUnavailable (the event may or may not be queued:
-        submit it again), IdempotencyConflict and EntryTooLarge.
+        adds nothing and names the first event. With a key the event's id is made from it and from what was
+        said. Raises QueueUnavailable (the event may or may not be queued: submit it again),
+        IdempotencyConflict and EntryTooLarge.
         """
+        arguments = self._arguments(event, idempotency_key)
         await self._require_durability()
-        keys, arguments = self._call(event, idempotency_key)
-        async with self._redis():
-            answer = await self._script(keys=keys, args=arguments)
-        receipt = _receipt(answer)
+        receipt = _receipt(await self._grouped(arguments))
         if receipt.conflict:
             raise IdempotencyConflict(receipt.event_id)
         return receipt
@@ -166,23 +188,24 @@ class FeedbackQueue:
         """
         await self._require_durability()
         named = [None] * len(events) if idempotency_keys is None else idempotency_keys
-        calls = [self._call(event, key) for event, key in zip(events, named, strict=True)]
+        calls = [self._arguments(event, key) for event, key in zip(events, named, strict=True)]
         answers: list[Any] = []
         for start in range(0, len(calls), _PIPELINE):
-            async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
-                for keys, arguments in calls[start : start + _PIPELINE]:
-                    await self._script(keys=keys, args=arguments, client=pipeline)
-                answers += await pipeline.execute()
+            answers += await self._evaluate(calls[start : start + _PIPELINE])
         return [_receipt(answer) for answer in answers]
 
     async def record(self, completions: Sequence[Completion]) -> None:
         """Queue what was generated. Raises QueueUnavailable; recording again is harmless."""
-        for start in range(0, len(completions), _PIPELINE):
-            async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
-                for completion in completions[start : start + _PIPELINE]:
-                    fields = {"kind": "completion", "data": _json(completion), "schema": SCHEMA}
+        await self.record_encoded([encoded(completion) for completion in completions])
+
+    async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
+        """As `record`, of completions that `encoded` has made bytes of, maybe under an older `schema`."""
+        for start in range(0, len(records), _PIPELINE):
+            async with self._pipeline() as pipeline:
+                for data in records[start : start + _PIPELINE]:
+                    fields = {"kind": "completion", "data": data, "schema": schema}
                     pipeline.xadd(self._settings.stream, fields)
-                await pipeline.execute()
+                await self._execute(pipeline)
 
     async def queued(self, event_id: str) -> str | None:
         """Return the key id of the event's giver while the event waits in the queue, else None."""
@@ -193,16 +216,20 @@ class FeedbackQueue:
     async def durability(self) -> str | None:
         """Return None if an acknowledged write survives a crash of Redis, else the reason why it need not."""
         try:
-            async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
-                pipeline.config_get("append*")
+            async with self._pipeline() as pipeline:
+                pipeline.config_get("*append*")
                 pipeline.config_get("maxmemory-policy")
                 append, policy = await pipeline.execute()
+                needed = self._settings.wait_replicas
+                online = _online(await self._client.info("replication")) if needed else 0
         except QueueUnavailable as problem:
             return str(problem)
         found = {_text(key): _text(value) for key, value in {**append, **policy}.items()}
         for name, wanted in _DURABLE.items():
             if found.get(name) != wanted:
                 return f"Redis has {name} {found.get(name, 'unknown')}; feedback needs {name} {wanted}"
+        if online < needed:
+            return f"Redis has {online} of the {needed} replicas that must have feedback"
         return None
 
     async def depth(self) -> int:
@@ -210,7 +237,11 @@ class FeedbackQueue:
         async with self._redis():
             return int(await self._client.xlen(self._settings.stream))
 
-    def _call(self, event: Event, idempotency_key: str | None) -> tuple[list[str], list[str | int]]:
+    def _arguments(self, event: Event, idempotency_key: str | None) -> list[str | int]:
+        """Return what EVAL takes after the script: the number of keys, keys, arguments."""
+        digest = body_digest(event)
+        if idempotency_key is not None:
+            event = _named(event, idempotency_key, digest)
         keys = [self._settings.stream, _receipt_key(self._settings, event.event_id)]
         if idempotency_key is not None:
             keys.append(_idempotency_key(self._settings, event.key_id, idempotency_key))
@@ -218,15 +249,51 @@ class FeedbackQueue:
         data = event.model_dump_json()
         if len(data) > LARGEST_ENTRY_BYTES // 4 and len(data.encode()) > LARGEST_ENTRY_BYTES:
             raise EntryTooLarge(f"an event may have at most {LARGEST_ENTRY_BYTES} bytes")
-        return keys, [event.event_id, event.key_id, data, body_digest(event), lifetime_seconds, SCHEMA]
+        return [len(keys), *keys, event.event_id, event.key_id, data, digest, lifetime_seconds, SCHEMA]
+
+    async def _evaluate(self, calls: Sequence[Sequence[str | int]]) -> list[Any]:
+        if not calls:
+            return []
+        async with self._pipeline() as pipeline:
+            for arguments in calls:
+                # The whole text, not its digest: a Redis that was restarted would not know the digest.
+                pipeline.eval(_SUBMIT, *arguments)
+            return await self._execute(pipeline)
+
+    async def _execute(self, pipeline: Any) -> list[Any]:
+        """Send a pipeline of writes; returns their answers once as many replicas have them as must."""
+        needed = self._settings.wait_replicas
+        if needed == 0:
+            return list(await pipeline.execute())
+        # Half of the time that the whole may take, so that Redis answers before it is given up.
+        pipeline.wait(needed, int(self._settings.timeout_seconds * 500))
+        answers = list(await pipeline.execute())
+        reached = answers.pop()
+        if reached < needed:
+            self._durable_until = 0.0
+            raise QueueUnavailable(f"{reached} of {needed} Redis replicas have it in time")
+        return answers
 
     async def _require_durability(self) -> None:
+        """Check Redis' settings unless it was done lately; tasks that come meanwhile share one check."""
         if time.monotonic() < self._durable_until:
             return
-        reason = await self.durability()
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._checked())
+        reason = await asyncio.shield(self._check)
         if reason is not None:
             raise QueueUnavailable(reason)
-        self._durable_until = time.monotonic() + self._settings.durability_check_seconds
+
+    async def _checked(self) -> str | None:
+        reason = await self.durability()
+        if reason is None:
+            self._durable_until = time.monotonic() + self._settings.durability_check_seconds
+        return reason
+
+    @asynccontextmanager
+    async def _pipeline(self) -> AsyncIterator[Any]:
+        async with self._redis(), self._client.pipeline(transaction=False) as pipeline:
+            yield pipeline
 
     @asynccontextmanager
     async def _redis(self) -> AsyncIterator[None]:
@@ -437,6 +504,24 @@ class QueueCleaning:
             time.sleep(0.05)
 
 
+def encoded(completion: Completion) -> bytes:
+    """Make the bytes that the stream carries of a completion.
+
+    What no text may hold (half of a surrogate pair) becomes `?`.
+    """
+    try:
+        return completion.model_dump_json(exclude_defaults=True).encode()
+    except PydanticSerializationError:
+        text = json.dumps(completion.model_dump(exclude_defaults=True), ensure_ascii=False)
+        return text.encode("utf-8", "replace")
+
+
+def _online(replication: Mapping[str, Any]) -> int:
+    """Count the replicas that Redis' INFO lists as online."""
+    found = [replication.get(f"slave{i}") for i in range(int(replication.get("connected_slaves", 0)))]
+    return sum(isinstance(item, Mapping) and item.get("state") == "online" for item in found)
+
+
 def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     event_id, key_id = fields.get(b"event"), fields.get(b"key")
     return Entry(
@@ -449,18 +534,9 @@ def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     )
 
 
-def _receipt(answer: Sequence[str | bytes]) -> Receipt:
-    event_id, outcome = map(_text, answer)
+def _receipt(answer: str | bytes) -> Receipt:
+    outcome, event_id = _text(answer).split(":", 1)
     return Receipt(event_id, duplicate=outcome == "duplicate", conflict=outcome == "conflict")
-
-
-def _json(completion: Completion) -> bytes:
-    """Write a record; what no text may hold (half of a surrogate pair) becomes `?`."""
-    try:
-        return completion.model_dump_json(exclude_defaults=True).encode()
-    except PydanticSerializationError:
-        text = json.dumps(completion.model_dump(exclude_defaults=True), ensure_ascii=False)
-        return text.encode("utf-8", "replace")
 
 
 def _receipt_key(settings: QueueSettings, event_id: str) -> str:
@@ -468,8 +544,17 @@ def _receipt_key(settings: QueueSettings, event_id: str) -> str:
 
 
 def _idempotency_key(settings: QueueSettings, key_id: str, idempotency_key: str) -> str:
-    digest = hashlib.sha256(f"{key_id}\0{idempotency_key}".encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{{{settings.stream}}}:idempotency:{digest}"
+    return f"{{{settings.stream}}}:idempotency:{_sha256(key_id, idempotency_key)}"
+
+
+def _named(event: Event, idempotency_key: str, digest: str) -> Event:
+    """Give an event the id that every try under its giver's idempotency key has."""
+    id = f"fb-{_sha256(event.key_id, idempotency_key, digest)[:32]}"
+    return event.model_copy(update={"event_id": id})
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _text(value: str | bytes) -> str:

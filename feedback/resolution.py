@@ -1,10 +1,10 @@
 """Decides what becomes of an event, given what is known of the completions it judges. Pure: no database."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from feedback.events import Feedback, Ranking, references
+from feedback.events import Reference
 
 Status = Literal["waiting", "stored", "superseded", "rejected"]
 
@@ -27,14 +27,15 @@ class Outcome:
     reason: str | None = None
 
 
-def resolve(feedback: Feedback, known: Mapping[str, list[Part]]) -> Outcome:
+def resolve(refs: Sequence[Reference], known: Mapping[str, list[Part]]) -> Outcome:
     """Decide whether an event can be stored, must wait for a record, or can never be stored.
 
-    `known` maps a completion id to its recorded parts; ids without a record are absent.
+    `refs` are the choices that it speaks of; several of them are a ranking's. `known` maps a completion id to
+    its recorded parts; ids without a record are absent.
     """
     prompts: set[str] = set()
     waits: str | None = None
-    for ref in references(feedback):
+    for ref in refs:
         parts = known.get(ref.completion_id)
         if not parts:
             waits = waits or f"no such completion: {ref.completion_id}"
@@ -47,7 +48,7 @@ def resolve(feedback: Feedback, known: Mapping[str, list[Part]]) -> Outcome:
         if _complete(ref.completion_id, parts):
             return Outcome("rejected", reason)
         waits = waits or reason
-    if isinstance(feedback, Ranking) and len(prompts) > 1:
+    if len(prompts) > 1:
         return Outcome("rejected", "groups: a ranking orders responses to one prompt, these answer several")
     return Outcome("stored") if waits is None else Outcome("waiting", waits)
 

@@ -25,6 +25,9 @@ class QueueSettings(BaseModel):
     durability_check_seconds: float = Field(
         1.0, ge=0, description="age at which the check of Redis' durability settings is repeated"
     )
+    wait_replicas: int = Field(
+        0, ge=0, description="Redis replicas that must have feedback, besides the disk, before it is accepted"
+    )
     claim_after_seconds: float = Field(
         30.0, gt=0, description="silence after which another ingest process takes over a batch"
     )

@@ -101,7 +101,13 @@ events = sa.Table(
     sa.Column("superseded_by", sa.Text),
     sa.Column("superseded_position", sa.BigInteger),
     sa.CheckConstraint("status IN ('waiting', 'stored', 'superseded', 'rejected')", name="status"),
-    sa.Index("ix_events_status_ingested_at", "status", "ingested_at"),
+    # Only of the waiting ones. With an index over every status, SQLite takes that for the current ones too.
+    sa.Index(
+        "ix_events_waiting",
+        "ingested_at",
+        sqlite_where=sa.text("status = 'waiting'"),
+        postgresql_where=sa.text("status = 'waiting'"),
+    ),
     # The database itself refuses a second current event of one rater on one target.
     sa.Index(
         "uq_events_current",

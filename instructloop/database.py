@@ -16,6 +16,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 _BUSY_SECONDS = 30
+# A Postgres that vanished without a word is given up after so long.
+_CONNECT_SECONDS = 5
+_SILENCE_SECONDS = 10
+_POOL_SECONDS = 5.0
 # Any constant will do, as long as no other application in the same Postgres database takes the same one.
 _MIGRATION_LOCK = 0x1257_0C71_00B5
 
@@ -35,9 +39,7 @@ def connect(url: str) -> Engine:
         case "sqlite":
             return _sqlite(parsed)
         case "postgresql":
-            return sa.create_engine(
-                parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True
-            )
+            return _postgres(parsed)
     raise UnsupportedDatabase(f"{parsed.get_backend_name()!r}: the database is sqlite:///… or postgresql://…")
 
 
@@ -81,6 +83,16 @@ def compact(engine: Engine, tables: Iterable[str]) -> None:
         raise sa.exc.OperationalError("VACUUM", None, problem) from problem
     finally:
         raw.close()
+
+
+def _postgres(url: URL) -> Engine:
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,
+        pool_timeout=_POOL_SECONDS,
+        connect_args={"connect_timeout": _CONNECT_SECONDS, "tcp_user_timeout": _SILENCE_SECONDS * 1000},
+        hide_parameters=True,  # they are what people wrote, and messages are logged
+    )
 
 
 def _sqlite(url: URL) -> Engine:

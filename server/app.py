@@ -28,6 +28,7 @@ from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
 from feedback.settings import RaterSettings
+from feedback.spool import Spool
 from feedback.store import Store
 from registry.audit import AuditLog
 from registry.lineage import Lineage
@@ -71,6 +72,7 @@ async def serve(
     counters: Storage,
     database: Database,
     versions: Path,
+    spool: Path,
     secret: bytes,
     replica_id: str,
     waiting_hours: float,
@@ -79,7 +81,8 @@ async def serve(
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
-    `counters` hold what `server.limits` counts; `round_report` makes the page about a round, for operators.
+    `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
+    `round_report` makes the page about a round, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -94,7 +97,13 @@ async def serve(
     from server.engine import Engine
 
     metrics = ServerMetrics(REGISTRY)
-    recorder = Recorder(queue, metrics, limit=settings.recorder_queue, batch=settings.recorder_batch)
+    recorder = Recorder(
+        queue,
+        Spool(spool, int(settings.spool_mib * 2**20)),
+        metrics,
+        limit=settings.recorder_queue,
+        batch=settings.recorder_batch,
+    )
     engine = await Engine.start(settings, version.path, version.name, recorder)
     try:
         swapper = Swapper(
@@ -118,6 +127,7 @@ async def serve(
                 dead=lambda: engine.dead,
                 obstacle=swapper.obstacle,
                 serving=lambda: swapper.status.serving,
+                recording=recorder.trouble,
             ).router(),
             FeedbackRoutes(
                 queue=queue,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feedback.events import FEEDBACK, ChoiceRef, Event, Feedback, Ranking, references
+from feedback.events import FEEDBACK, Event, Feedback, Ranking, Reference, references
 from feedback.records import Completion
 from server.context import Caller
 from server.errors import Problem, invalid_field
@@ -112,7 +112,7 @@ def _check_references(feedback: Feedback, caller: Caller, identity: Identity) ->
             raise _no_such_choice(ref, path)
 
 
-def _no_such_choice(ref: ChoiceRef, path: str) -> Problem:
+def _no_such_choice(ref: Reference, path: str) -> Problem:
     return Problem(422, f"{ref.completion_id} has no choice {ref.choice}", param=f"{path}choice")
 
 
@@ -121,11 +121,11 @@ def _complete(parts: list[Completion]) -> bool:
     return bool(parts) and len(parts) >= (parts[0].parts or 1)
 
 
-def _located(feedback: Feedback) -> list[tuple[ChoiceRef, str]]:
+def _located(feedback: Feedback) -> list[tuple[Reference, str]]:
     """Each reference with where it stands in the event, as errors name it: `groups.0.1.` or nothing."""
     if isinstance(feedback, Ranking):
         return [
-            (ref, f"groups.{i}.{j}.")
+            (Reference(ref.completion_id, ref.choice), f"groups.{i}.{j}.")
             for i, group in enumerate(feedback.groups)
             for j, ref in enumerate(group)
         ]

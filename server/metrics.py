@@ -20,6 +20,9 @@ class ServerMetrics:
         self.waiting = Gauge(
             "instructloop_completions_waiting", "Completions in memory, not yet queued", registry=registry
         )
+        self.spooled = Gauge(
+            "instructloop_completions_spooled", "Completions on disk, not yet queued", registry=registry
+        )
         self.feedback = Counter(
             "instructloop_feedback_accepted", "Events accepted", ["type"], registry=registry
         )

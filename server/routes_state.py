@@ -22,7 +22,10 @@ class Durability(Protocol):
 
 
 class StateRoutes:
-    """`dead` tells whether the engine ended, `obstacle` why it may not generate, `serving` its version."""
+    """`dead` tells whether the engine ended, `obstacle` why it may not generate, `serving` its version.
+
+    `recording` says what became of completions that did not go straight to the queue, or None.
+    """
 
     def __init__(
         self,
@@ -32,12 +35,14 @@ class StateRoutes:
         dead: Callable[[], bool],
         obstacle: Callable[[], str | None],
         serving: Callable[[], str],
+        recording: Callable[[], str | None],
     ) -> None:
         self._queue = queue
         self._metrics = metrics
         self._dead = dead
         self._obstacle = obstacle
         self._serving = serving
+        self._recording = recording
 
     def router(self) -> APIRouter:
         """Bind the handlers to their paths."""
@@ -67,6 +72,7 @@ class StateRoutes:
             "version": self._serving(),
             "generation": generation or "ok",
             "feedback": feedback or "ok",
+            "recording": self._recording() or "ok",
         }
         return JSONResponse(body, 200 if body["ready"] else 503)
 

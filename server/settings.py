@@ -23,7 +23,12 @@ class ServerSettings(BaseModel):
         default=72.0, gt=0, description="How long a feedback token stays valid, in hours"
     )
     recorder_queue: int = Field(
-        default=10_000, ge=1, description="Finished completions kept in memory while Redis is away"
+        default=10_000,
+        ge=1,
+        description="Most finished completions in memory, on their way to Redis",
+    )
+    spool_mib: float = Field(
+        default=256.0, ge=0, description="Disk for completions while Redis is away, of all replicas, in MiB"
     )
     recorder_batch: int = Field(default=200, ge=1, description="Completions sent to Redis at once")
     max_body_bytes: int = Field(

@@ -3,8 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feedback.events import FEEDBACK, Feedback
-from feedback.resolution import Outcome, Part, resolve
+from feedback.events import FEEDBACK, Feedback, references
+from feedback.resolution import Outcome, Part
+from feedback.resolution import resolve as resolve_references
+
+
+def resolve(feedback: Feedback, known: dict[str, list[Part]]) -> Outcome:
+    return resolve_references(references(feedback), known)
 
 
 def part(

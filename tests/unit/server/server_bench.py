@@ -76,9 +76,9 @@ class MemoryQueue:
         self._check()
         return receipts
 
-    async def record(self, completions: Sequence[Completion]) -> None:
+    async def record_encoded(self, records: Sequence[bytes]) -> None:
         self._check()
-        self.recorded += completions
+        self.recorded += [Completion.model_validate_json(data) for data in records]
 
     async def queued(self, event_id: str) -> str | None:
         self._check()
@@ -114,6 +114,7 @@ class Bench:
     obstacle: str | None = None
     dead: bool = False
     raters: RaterSettings = field(default_factory=RaterSettings)
+    recording: str | None = None
     settings: ServerSettings = field(
         default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
     )
@@ -130,6 +131,7 @@ class Bench:
                 dead=lambda: self.dead,
                 obstacle=lambda: self.obstacle,
                 serving=lambda: "policy-0000",
+                recording=lambda: self.recording,
             ).router(),
             FeedbackRoutes(
                 queue=self.queue,

@@ -1,16 +1,22 @@
 """What the engine yields, in pieces or whole, becomes one record; the recorder loses nothing it need not."""
 
 import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import PydanticSerializationError
 from server_bench import MemoryQueue
 
+from feedback.queue import encoded
 from feedback.records import Choice, Completion, WeightSpan
+from feedback.spool import Spool
 from server.context import Generation
 from server.metrics import ServerMetrics
 from server.recorder import Recorder
@@ -109,13 +115,14 @@ def test_flat_logprobs_give_the_sampled_token_of_each_position() -> None:
         sampled_logprobs([5, 6], at([5]))
 
 
-def completion(number: int) -> Completion:
+def completion(number: int, *, text: str = "x", **more: Any) -> Completion:
     return Completion(
         id=f"cmpl-{number}",
         key_id="k",
         endpoint="/v1/completions",
         created_at=0,
-        choices=[Choice(index=0, text="x")],
+        choices=[Choice(index=0, text=text)],
+        **more,
     )
 
 
@@ -123,47 +130,189 @@ def value(metrics: ServerMetrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(f"instructloop_completions_{name}", labels) or 0.0
 
 
-async def test_records_arrive_in_order_in_batches(metrics: ServerMetrics) -> None:
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path / "spool.db", 2**20)
+
+
+@pytest.fixture
+def recorder_for(metrics: ServerMetrics, spool: Spool) -> Callable[..., Recorder]:
+    """Makes a recorder, as a server does at its start; those of one test share the spool."""
+
+    def make(queue: MemoryQueue, *, limit: int = 100, batch: int = 7, into: Spool = spool) -> Recorder:
+        return Recorder(queue, into, metrics, limit=limit, batch=batch)
+
+    return make
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def ids(numbers: range) -> list[str]:
+    return [f"cmpl-{number}" for number in numbers]
+
+
+async def test_records_arrive_in_order_in_batches(
+    metrics: ServerMetrics, recorder_for: Callable[..., Recorder]
+) -> None:
     queue = MemoryQueue()
-    recorder = Recorder(queue, metrics, limit=100, batch=7)
+    recorder = recorder_for(queue)
     task = asyncio.create_task(recorder.run())
+    await asyncio.sleep(0.05)
     for number in range(50):
         recorder.record(completion(number))
-    while len(queue.recorded) < 50:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(queue.recorded) == 50)
     task.cancel()
-    assert [item.id for item in queue.recorded] == [f"cmpl-{number}" for number in range(50)]
+    assert [item.id for item in queue.recorded] == ids(range(50))
     assert value(metrics, "recorded_total") == 50
     assert value(metrics, "waiting") == 0
 
 
-async def test_an_outage_is_survived_without_loss_or_doubles(metrics: ServerMetrics) -> None:
-    queue = MemoryQueue(away="Redis is away")
-    recorder = Recorder(queue, metrics, limit=100, batch=3)
+async def test_an_outage_is_spent_on_disk_and_order_is_kept(
+    metrics: ServerMetrics, recorder_for: Callable[..., Recorder], spool: Spool
+) -> None:
+    queue = MemoryQueue()
+    recorder = recorder_for(queue, batch=3)
+    task = asyncio.create_task(recorder.run())
+    recorder.record(completion(0))
+    await until(lambda: len(queue.recorded) == 1)
+    queue.away = "Redis is away"
+    for number in range(1, 11):
+        recorder.record(completion(number))
+        await asyncio.sleep(0.005)
+    await until(lambda: value(metrics, "spooled") == 10)
+    assert value(metrics, "waiting") == 0
+    assert recorder.trouble() == "10 completions wait on disk"
+    queue.away = None
+    for number in range(11, 40):  # while the spool is being replayed
+        recorder.record(completion(number))
+        await asyncio.sleep(0.002)
+    await until(lambda: len(queue.recorded) == 40)
+    await until(lambda: recorder.trouble() is None)
+    task.cancel()
+    assert [item.id for item in queue.recorded] == ids(range(40))
+    assert spool.oldest(1) == []
+    assert value(metrics, "recorded_total") == 40
+
+
+async def test_what_a_dead_server_left_is_replayed_before_what_comes(
+    recorder_for: Callable[..., Recorder], spool: Spool
+) -> None:
+    """A server that was killed has no flush; the next one on the same data directory goes on."""
+    away = MemoryQueue(away="gone")
+    dead = recorder_for(away)
+    task = asyncio.create_task(dead.run())
+    for number in range(20):
+        dead.record(completion(number))
+    await until(lambda: spool.waiting() == 20)
+    task.cancel()
+
+    queue = MemoryQueue(away="gone")
+    heir = recorder_for(queue)
+    task = asyncio.create_task(heir.run())
+    for number in range(20, 30):
+        heir.record(completion(number))
+    await until(lambda: spool.waiting() == 30)
+    queue.away = None
+    await until(lambda: len(queue.recorded) == 30)
+    task.cancel()
+    assert [item.id for item in queue.recorded] == ids(range(30))
+
+
+async def test_an_idle_replica_replays_what_another_left(
+    recorder_for: Callable[..., Recorder], spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.recorder._LOOK_SECONDS", 0.05)
+    queue = MemoryQueue()
+    recorder = recorder_for(queue)
+    task = asyncio.create_task(recorder.run())
+    await asyncio.sleep(0.05)
+    spool.append([encoded(completion(number)) for number in range(3)])
+    await until(lambda: len(queue.recorded) == 3)
+    task.cancel()
+
+
+async def test_what_the_bound_drops_is_counted_and_told(
+    metrics: ServerMetrics, recorder_for: Callable[..., Recorder], tmp_path: Path
+) -> None:
+    small = Spool(tmp_path / "small.db", 40_000)
+    queue = MemoryQueue(away="gone")
+    recorder = recorder_for(queue, into=small)
+    task = asyncio.create_task(recorder.run())
+    for number in range(300):
+        recorder.record(completion(number, text="x" * 1000))
+        await asyncio.sleep(0.0005)
+    await until(lambda: value(metrics, "waiting") == 0)
+    dropped = value(metrics, "dropped_total", reason="spool_full")
+    kept = value(metrics, "spooled")
+    assert (dropped + kept, 15 < kept < 40) == (300, True)
+    told = f"{kept:.0f} completions wait on disk and {dropped:.0f} completions were dropped"
+    assert recorder.trouble() == told
+    assert (tmp_path / "small.db").stat().st_size <= 60_000
+    queue.away = None
+    await until(lambda: len(queue.recorded) == kept)
+    assert [item.id for item in queue.recorded] == ids(range(int(kept)))
+    await until(lambda: recorder.trouble() == f"{dropped:.0f} completions were dropped")
+    task.cancel()
+
+
+async def test_a_disk_that_fails_leaves_completions_in_memory(
+    metrics: ServerMetrics,
+    recorder_for: Callable[..., Recorder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.recorder._LONGEST_PAUSE_SECONDS", 0.05)
+    queue = MemoryQueue(away="gone")
+    recorder = recorder_for(queue, limit=4, into=Spool(tmp_path / "no such directory" / "spool.db", 2**20))
     task = asyncio.create_task(recorder.run())
     for number in range(10):
         recorder.record(completion(number))
-    await asyncio.sleep(0.05)
-    assert value(metrics, "waiting") == 10
-    queue.away = None
-    while len(queue.recorded) < 10:
-        await asyncio.sleep(0.01)
-    task.cancel()
-    assert [item.id for item in queue.recorded] == [f"cmpl-{number}" for number in range(10)]
-    assert value(metrics, "dropped_total", reason="full") == 0
-
-
-async def test_a_full_buffer_drops_what_comes_and_counts_it(metrics: ServerMetrics) -> None:
-    recorder = Recorder(MemoryQueue(away="gone"), metrics, limit=4, batch=2)
-    for number in range(10):
-        recorder.record(completion(number))
+    await asyncio.sleep(0.1)
     assert value(metrics, "dropped_total", reason="full") == 6
     assert value(metrics, "waiting") == 4
+    queue.away = None
+    await until(lambda: len(queue.recorded) == 4)
+    task.cancel()
+    queue.away = "gone again"
+    recorder.record(completion(10))
+    await recorder.flush(0.1)
+    assert value(metrics, "dropped_total", reason="shutdown") == 1
 
 
-async def test_flush_sends_the_rest_or_says_what_was_lost(metrics: ServerMetrics) -> None:
+async def test_a_full_disk_does_not_stop_the_replay(
+    recorder_for: Callable[..., Recorder], spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was replayed but can't be deleted is not replayed for ever, and what comes goes past it."""
+    spool.append([encoded(completion(number)) for number in range(20)])
+
+    def full(through: int) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(spool, "remove", full)
     queue = MemoryQueue()
-    recorder = Recorder(queue, metrics, limit=10, batch=2)
+    recorder = recorder_for(queue)
+    task = asyncio.create_task(recorder.run())
+    await until(lambda: len(queue.recorded) == 20)
+    recorder.record(completion(20))
+    await until(lambda: len(queue.recorded) == 21)
+    monkeypatch.undo()
+    task.cancel()
+    assert [item.id for item in queue.recorded] == ids(range(21))
+    assert spool.waiting() >= 20
+
+
+async def test_flush_sends_the_rest_or_saves_it(
+    metrics: ServerMetrics, recorder_for: Callable[..., Recorder], spool: Spool
+) -> None:
+    queue = MemoryQueue()
+    recorder = recorder_for(queue, batch=2)
+    task = asyncio.create_task(recorder.run())
+    await asyncio.sleep(0.05)
+    task.cancel()
     for number in range(5):
         recorder.record(completion(number))
     await recorder.flush(1.0)
@@ -171,22 +320,26 @@ async def test_flush_sends_the_rest_or_says_what_was_lost(metrics: ServerMetrics
     queue.away = "gone"
     recorder.record(completion(6))
     await recorder.flush(0.1)
-    assert value(metrics, "dropped_total", reason="shutdown") == 1
+    assert value(metrics, "dropped_total", reason="shutdown") == 0
+    assert [Completion.model_validate_json(item.data).id for item in spool.oldest(9)] == ["cmpl-6"]
 
 
 @dataclass
 class SlowQueue(MemoryQueue):
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def record(self, completions: Any) -> None:
+    async def record_encoded(self, records: Sequence[bytes]) -> None:
         self.started.set()
         await asyncio.sleep(3600)
 
 
-async def test_a_queue_that_hangs_holds_up_nobody(metrics: ServerMetrics) -> None:
+async def test_a_queue_that_hangs_holds_up_nobody(
+    recorder_for: Callable[..., Recorder], spool: Spool
+) -> None:
     queue = SlowQueue()
-    recorder = Recorder(queue, metrics, limit=10, batch=2)
+    recorder = recorder_for(queue, batch=2)
     task = asyncio.create_task(recorder.run())
+    await asyncio.sleep(0.05)
     recorder.record(completion(0))
     await queue.started.wait()
     loop = asyncio.get_running_loop()
@@ -196,4 +349,16 @@ async def test_a_queue_that_hangs_holds_up_nobody(metrics: ServerMetrics) -> Non
     assert loop.time() - before < 0.1
     task.cancel()
     await recorder.flush(0.05)
-    assert value(metrics, "dropped_total", reason="shutdown") == 10
+    assert spool.waiting() == 10
+
+
+async def test_what_can_not_be_written_down_harms_nothing_else(recorder_for: Callable[..., Recorder]) -> None:
+    queue = MemoryQueue()
+    recorder = recorder_for(queue)
+    task = asyncio.create_task(recorder.run())
+    with pytest.raises(PydanticSerializationError):
+        recorder.record(completion(0, messages=[{"role": "user", "content": "hi", "name": "\ud800"}]))
+    recorder.record(completion(1))
+    await until(lambda: len(queue.recorded) == 1)
+    assert not task.done()
+    task.cancel()
