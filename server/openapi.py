@@ -50,9 +50,9 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _problem(status) for status in statuses}
 
 
-def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """Return what `openapi_extra=` of a route says of a JSON body that may be left out."""
-    return _body("application/json", model.model_json_schema(), required=False)
+def takes(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
+    """Return what `openapi_extra=` of a route says of a JSON body; unless `required`, it may be left out."""
+    return _body("application/json", model.model_json_schema(), required=required)
 
 
 def takes_feedback() -> dict[str, Any]:

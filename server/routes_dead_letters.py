@@ -32,7 +32,7 @@ class DeadLetterRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/v1/dead-letters", self.letters, methods=["GET"])
+        add("/v1/dead-letters", self.letters, methods=["GET"], responses=problems(404))
         add("/v1/dead-letters/{id}", self.letter, methods=["GET"], responses=problems(404))
         add(
             "/v1/dead-letters/{id}/fix",

@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from feedback.forgetting import Forgettings, NotARater, Subject
@@ -28,8 +28,13 @@ _FIELDS: dict[str, Subject] = {"rater": "rater", "completion_id": "completion"}
 class Forget(BaseModel):
     """Whom or what to forget: one of both."""
 
-    rater: str | None = Field(default=None, min_length=1, max_length=500)
-    completion_id: str | None = Field(default=None, min_length=1, max_length=500)
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"oneOf": [{"required": ["rater"]}, {"required": ["completion_id"]}]},
+    )
+
+    rater: str = Field(default="", min_length=1, max_length=500)
+    completion_id: str = Field(default="", min_length=1, max_length=500)
 
 
 class ForgetRoutes:
@@ -47,7 +52,14 @@ class ForgetRoutes:
         """Bind the handlers to their paths."""
         router = APIRouter()
         add: Callable[..., None] = router.add_api_route
-        add("/v1/forget", self.forget, methods=["POST"], status_code=202, openapi_extra=takes(Forget))
+        add(
+            "/v1/forget",
+            self.forget,
+            methods=["POST"],
+            status_code=202,
+            responses=problems(404),
+            openapi_extra=takes(Forget, required=True),
+        )
         add("/v1/forget", self.all, methods=["GET"])
         add("/v1/forget/{forgetting_id}", self.one, methods=["GET"], responses=problems(404))
         return router
@@ -67,7 +79,7 @@ class ForgetRoutes:
         try:
             return JSONResponse(await anyio.to_thread.run_sync(erase), 202)
         except NotARater as error:
-            raise Problem(422, str(error), param=kind) from None
+            raise Problem(404, str(error), param=kind) from None
 
     async def all(self) -> dict[str, Any]:
         """List the latest forgettings, newest first."""
@@ -89,7 +101,7 @@ class ForgetRoutes:
 
 def _subject(fields: dict[str, Any]) -> tuple[Subject, str]:
     """Read which one is meant; raises Problem 422."""
-    given = [name for name in _FIELDS if fields.get(name) is not None]
+    given = [name for name in _FIELDS if name in fields]
     if len(given) != 1 or len(fields) != 1:
         raise Problem(422, "give either rater or completion_id", param=given[0] if given else None)
     value = fields[given[0]]

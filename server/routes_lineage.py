@@ -39,7 +39,7 @@ class LineageRoutes:
         self,
         name: str,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-        after: str | None = None,
+        after: Annotated[str | None, Query(pattern=r"^\d{1,9}:[^\x00]+$")] = None,
         round: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
         use: Use | None = None,
     ) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def _after(event: UsedEvent) -> str:
 
 
 def _position(after: str, rounds: list[int]) -> tuple[int, str]:
-    """Read a page's `after`. Raises Problem 422."""
+    """Read a page's `after`. Raises Problem 404."""
     number, _, event_id = after.partition(":")
     if not number.isdecimal() or int(number) not in rounds:
-        raise Problem(422, "the `next` of the page before is expected", param="after")
+        raise Problem(404, "the `next` of the page before is expected", param="after")
     return int(number), event_id

@@ -63,7 +63,7 @@ class RaterRoutes:
                 partial(self._move, move),
                 methods=["POST"],
                 responses=problems(404, 409),
-                openapi_extra=takes(RaterMove),
+                openapi_extra=takes(RaterMove, required=True),
             )
         add("/v1/gold", self.gold, methods=["GET"])
         add(
@@ -71,7 +71,7 @@ class RaterRoutes:
             self.add_gold,
             methods=["POST"],
             responses=problems(409),
-            openapi_extra=takes(GoldQuestion),
+            openapi_extra=takes(GoldQuestion, required=True),
         )
         add("/v1/gold/{event_id}", self.remove_gold, methods=["DELETE"], responses=problems(404))
         return router
