@@ -12,6 +12,9 @@ from instructloop import model
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ("unit", "integration", "e2e")
 
+# The models of most tests are tiny: more threads would spend their time on waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

@@ -318,7 +318,7 @@ class RoundRun:
     ) -> Task:
         more_prompts, texts = self._files
         return Task(
-            policy=load_policy(self._directory / "sft"),
+            policy=load_policy(self._directory / "sft", processes.loading_device()),
             tokenizer=self._tokenizer,
             side=self._dataset.train,
             prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
@@ -422,8 +422,7 @@ class RoundRun:
         return Progress(stage, lambda step, figures: self._keep(stage, step, figures))
 
     def _write(self, policy: Policy, directory: Path) -> None:
-        if processes.is_first():
-            write_checkpoint(policy, self._tokenizer, directory)
+        write_checkpoint(policy, self._tokenizer, directory)
 
     def _keep(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
         if not processes.is_first():
