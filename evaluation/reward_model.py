@@ -60,10 +60,10 @@ class RewardModel(nn.Module):  # type: ignore[misc]
         return model
 
     @classmethod
-    def load(cls, directory: Path) -> "RewardModel":
+    def load(cls, directory: Path, trunk_device: torch.device = DEVICE) -> "RewardModel":
         """Read a fitted reward model from where `save` put it."""
         head = load_file(directory / "head.safetensors")
-        model = cls(_trunk(directory / "backbone"), heads=len(head["head.weight"]))
+        model = cls(_trunk(directory / "backbone", trunk_device), heads=len(head["head.weight"]))
         model.load_state_dict(head, strict=False)
         return model
 
@@ -223,9 +223,9 @@ def last_hidden(trunk: nn.Module, rows: PackedRows) -> Tensor:
     ).last_hidden_state
 
 
-def _trunk(model_dir: Path | str) -> nn.Module:
+def _trunk(model_dir: Path | str, device: torch.device = DEVICE) -> nn.Module:
     return AutoModel.from_pretrained(str(model_dir), dtype=torch.float32, attn_implementation=ATTENTION).to(
-        DEVICE
+        device
     )
 
 

@@ -52,6 +52,7 @@ _EXPECTED = (
     ("sqlalchemy.exc", "OperationalError"),
     ("training.algorithms", "NothingToLearnFrom"),
     ("training.compare", "ComparisonProblem"),
+    ("training.processes", "LaunchRefused"),
     ("training.round", "RoundRefused"),
     ("training.trainer", "TrainerBusy"),
 )

@@ -84,10 +84,11 @@ def _ppo(task: Task) -> tuple[Policy, Result]:
     if task.updates is not None:
         settings = settings.model_copy(update={"ppo_updates": task.updates})
     policy = task.policy
+    torch.manual_seed(settings.seed)  # an adapter begins the same in every process
     ppo = PPO(
         policy=with_adapter(policy, settings.ppo_lora_rank) if settings.ppo_lora_rank else policy,
         tokenizer=task.tokenizer,
-        reward_model=RewardModel.load(task.reward_model),
+        reward_model=RewardModel.load(task.reward_model, processes.loading_device()),
         prompts=task.prompts,
         rollouts=task.rollouts,
         settings=settings,

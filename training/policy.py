@@ -1,14 +1,14 @@
 """The policy as a trainable model: how it is read, adapted, frozen and written.
 
 Owns the model's precision, its LoRA adapter and the form in which weights leave the trainer. What is learned
-is each stage's own.
+is each stage's own. One that is divided among processes (`training/sharding.py`) is written whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.reward_model import ATTENTION, DEVICE
+from training import processes, sharding
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
-def load_policy(directory: Path) -> PreTrainedModel:
+def load_policy(directory: Path, device: torch.device = DEVICE) -> PreTrainedModel:
     """Read a language model for training: float32 weights, which mixed precision multiplies as bfloat16."""
     return AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=torch.float32, attn_implementation=ATTENTION
-    ).to(DEVICE)
+    ).to(device)
 
 
 def with_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
@@ -65,14 +66,14 @@ def without_adapter(model: Policy) -> AbstractContextManager[None]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def trunk_and_head(model: Policy) -> tuple[nn.Module, nn.Module]:
+def trunk_and_head(model: Policy) -> tuple[Callable[..., Any], Callable[[Tensor], Tensor]]:
     """Return the decoder that gives hidden states, and the layer that turns them into logits."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return inner.base_model, inner.get_output_embeddings()
+    return sharding.trunk_and_head(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def merged_weights(model: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each weight of the plain model, adapters added in; tied output weights left out."""
+    """Name and whole value of each weight of the plain model, adapters added in; no tied output weights."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     adapted = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     tied = getattr(inner.config, "tie_word_embeddings", False)
@@ -82,19 +83,24 @@ def merged_weights(model: Policy) -> Iterator[tuple[str, Tensor]]:
         plain = name.replace(".base_layer.", ".")
         layer = adapted.get(name.removesuffix(".base_layer.weight")) if plain != name else None
         if layer is not None and name.endswith(".weight"):
-            yield plain, value.detach().float() + layer.get_delta_weight("default").detach().float()
+            yield plain, sharding.whole(value.float() + layer.get_delta_weight("default").float())
         else:
-            yield plain, value.detach()
+            yield plain, sharding.whole(value)
 
 
 def write_checkpoint(model: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a Hugging Face directory of bfloat16 weights, as versions and engines want it.
 
     The weights are exactly those that mixed precision multiplies with in training (but for a LoRA adapter,
-    whose product is added in before rounding).
+    whose product is added in before rounding). Every process comes here, and the first one writes.
     """
+    weights = {}
+    for name, value in merged_weights(model):
+        if processes.is_first():
+            weights[name] = value.to("cpu", torch.bfloat16).contiguous()
+    if not processes.is_first():
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in merged_weights(model)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     dtype = inner.config.dtype

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset as HfDataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -29,7 +29,7 @@ from trl.experimental.ppo.ppo_trainer import masked_whiten
 from evaluation.contest import Prompt
 from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
-from training import processes
+from training import processes, sharding
 from training.critic import Critic
 from training.episodes import Episodes
 from training.logprobs import (
@@ -101,6 +101,11 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         critic = Critic(reward_model, settings.ppo_critic)
         freeze(reward_model.backbone)
         reward_model.requires_grad_(False)
+        # With LoRA the reference is the policy without its adapter.
+        reference = None if isinstance(policy, PeftModel) else frozen_copy(policy)
+        sharding.shard(policy, reference, reward_model.backbone)
+        if critic.kind == "separate":
+            sharding.shard(critic.backbone)
         self._learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._average = [p.detach().clone() for p in self._learning] if settings.ppo_ema_decay else []
         optimizer = torch.optim.AdamW(
@@ -121,15 +126,19 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             args=_configuration(settings, work),
             processing_class=tokenizer,
             model=policy,
-            # With LoRA the reference is the policy without its adapter.
-            ref_model=None if isinstance(policy, PeftModel) else frozen_copy(policy),
+            ref_model=reference,
             reward_model=reward_model,
             value_model=critic,
             train_dataset=HfDataset.from_dict({"input_ids": [prompt.token_ids for prompt in prompts]}),
             optimizers=(optimizer, schedule),
             callbacks=[ReportedLogs(report)],
         )
+        self.optimizer = optimizer
         self.remove_callback(PrinterCallback)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Leave nothing for accelerate to wrap: `_step` adds up the gradients, or they come added up."""
+        self.model = self.optimizer = None
 
     def train(self) -> None:
         """Run the updates that are left, from the last checkpoint if there is one.
@@ -175,7 +184,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
     def _begin(self) -> None:
         self.state.global_step = 0
         self.state.max_steps = self._settings.ppo_updates
-        if self._checkpoint.exists():
+        if processes.from_first(self._checkpoint.exists):
             self._resume()
         else:
             self._save()
@@ -191,9 +200,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         count = batch // each
         prompts = in_passes(self._prompts, update * count, count, self.args.seed)
         seed = (self.args.seed * 1_000_003 + update) * batch
-        groups = processes.from_first(
-            lambda: self._rollouts.sample(self.policy_model, prompts, update, n=each, seed=seed)
-        )
+        groups = self._rollouts.sample(self.policy_model, prompts, update, n=each, seed=seed)
         samples = [sample for group in groups for sample in group]
         width = max(len(sample.token_ids) for sample in samples)
         mask = torch.zeros(batch, width, dtype=torch.bool, device=DEVICE)
@@ -354,7 +361,8 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         trunk, head = trunk_and_head(self.policy_model)
         tokens = int(episodes.mask[episodes.of(prompts)].sum())
         all_figures: list[dict[str, float]] = []
-        for group in self._passes(episodes, processes.own(prompts)):
+        passes = list(self._passes(episodes, processes.own(prompts)))
+        for group, counts in processes.in_step(passes, prompts[:1]):
             rows = episodes.of(group)
             mask = episodes.mask[rows]
             packed = pack(episodes.items(group))
@@ -369,7 +377,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             v_loss, v_clipped = value_loss(
                 values, episodes.values[rows][mask], episodes.returns[rows][mask], self.args.cliprange_value
             )
-            share = len(new) / tokens
+            share = counts * len(new) / tokens
             self.accelerator.backward((loss + self.args.vf_coef * v_loss) * share)
             difference = (new - old).detach()
             figures = {
@@ -393,10 +401,11 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         texts = self._texts.batch(number, settings.ppo_ptx_batch, self.args.seed)
         all_figures: list[dict[str, float]] = []
         own = [texts[i] for i in processes.own(range(len(texts)))]
-        for group in rows_by_tokens([len(text) for text in own], TOKENS_A_PASS):
-            pieces = [(own[i][:1], [own[i][1:]]) for i in group]
+        passes = [[own[i] for i in group] for group in rows_by_tokens([*map(len, own)], TOKENS_A_PASS)]
+        for group, counts in processes.in_step(passes, texts[:1]):
+            pieces = [(text[:1], [text[1:]]) for text in group]
             logprobs, _ = response_logprobs(self.policy_model, pieces, temperature=1.0)
-            share = len(group) / len(texts)
+            share = counts * len(group) / len(texts)
             loss = -logprobs.mean()
             self.accelerator.backward(settings.ppo_ptx_coefficient * loss * share)
             all_figures.append({"loss/ptx_avg": float(loss.detach()) * share})
@@ -408,7 +417,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         Raises FloatingPointError, with the weights as they were, where the gradient is not finite.
         """
         processes.add_up_gradients(p for group in self.optimizer.param_groups for p in group["params"])
-        norm = nn.utils.clip_grad_norm_(self._learning, self.args.max_grad_norm)
+        norm = sharding.clip_gradients(self._learning, self.args.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError("the policy's gradient is not finite")
         self.optimizer.step()
@@ -420,8 +429,9 @@ class PPO(PPOTrainer):  # type: ignore[misc]
 
     def _all(self, compute: Callable[[Sequence[list[int]]], Tensor], episodes: Episodes) -> Tensor:
         """Return the tensor of which `compute` fills in the rows of the passes that it is given."""
-        own = processes.own(range(len(episodes.prompts)))
-        return processes.added_up(compute(list(self._passes(episodes, own))))
+        passes = list(self._passes(episodes, processes.own(range(len(episodes.prompts)))))
+        compute([spare for spare, counts in processes.in_step(passes, [0]) if not counts])
+        return processes.added_up(compute(passes))
 
     def _passes(self, episodes: Episodes, prompts: Sequence[int]) -> Iterator[list[int]]:
         """Divide the prompts with their responses into passes of like size."""
@@ -432,20 +442,22 @@ class PPO(PPOTrainer):  # type: ignore[misc]
     # -- checkpoints
 
     def _save(self) -> None:
+        state = sharding.gathered(
+            {
+                "update": self.state.global_step,
+                "policy": [parameter.detach() for parameter in self._learning],
+                "average": self._average,
+                "critic": self._critic_state(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.lr_scheduler.state_dict(),
+                "kl_coefficient": self._kl_coefficient,
+                "retreats": self._retreats,
+            }
+        )
         if not processes.is_first():
             return
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         staging = self._checkpoint.with_suffix(".partial")
-        state = {
-            "update": self.state.global_step,
-            "policy": [parameter.detach() for parameter in self._learning],
-            "average": self._average,
-            "critic": self._critic_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.lr_scheduler.state_dict(),
-            "kl_coefficient": self._kl_coefficient,
-            "retreats": self._retreats,
-        }
         with staging.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -455,13 +467,16 @@ class PPO(PPOTrainer):  # type: ignore[misc]
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _resume(self) -> None:
         # The reference is already in place: the trainer was built on the SFT policy, as the first time.
-        state = torch.load(self._checkpoint, map_location=DEVICE, weights_only=True)
+        state = torch.load(self._checkpoint, map_location="cpu", mmap=True, weights_only=True)
         for parameter, saved in zip(self._learning, state["policy"], strict=True):
-            parameter.copy_(saved)
+            parameter.copy_(sharding.as_shared(parameter, saved))
         for average, saved in zip(self._average, state["average"], strict=True):
-            average.copy_(saved)
-        self.value_model.load_state_dict(state["critic"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+            average.copy_(sharding.as_shared(average, saved))
+        critic = dict(self.value_model.named_parameters())
+        for name, saved in state["critic"].items():
+            critic[name].copy_(sharding.as_shared(critic[name], saved))
+        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.optimizer.load_state_dict(sharding.optimizer_state(state["optimizer"], learning))
         self.lr_scheduler.load_state_dict(state["schedule"])
         self._kl_coefficient, self._retreats = state["kl_coefficient"], state["retreats"]
         self.state.global_step = state["update"]

@@ -29,7 +29,7 @@ from evaluation.reward_model import (
     pack,
     rows_by_tokens,
 )
-from training import processes
+from training import processes, sharding
 from training.dataset import Comparison, Judgement, Side
 from training.reward_quality import pair_outcomes
 from training.settings import TrainingSettings
@@ -113,7 +113,8 @@ def fit(model: RewardModel, side: Side, settings: TrainingSettings, report: Repo
 
     Each step takes `reward_batch` prompts with all their responses; the learning rate warms up over a tenth
     of the steps and falls to a tenth by a cosine. Afterwards the scores are standardised on the same
-    responses, with demonstrations at 0 where the side has some.
+    responses, with demonstrations at 0 where the side has some. While it is fitted the trunk may be divided
+    among the processes; in the end each has it whole.
     Raises FloatingPointError if the loss is not finite.
     """
     items: list[Item] = [*side.comparisons, *side.judgements]
@@ -121,6 +122,8 @@ def fit(model: RewardModel, side: Side, settings: TrainingSettings, report: Repo
     steps_an_epoch = -(-len(items) // settings.reward_batch)
     steps = steps_an_epoch * settings.reward_epochs
     pointwise = PointwiseLoss(model.heads)
+    empty = sharding.outline(model.backbone)
+    sharding.shard(model.backbone)
     optimizer = torch.optim.AdamW(
         [
             {"params": model.backbone.parameters(), "lr": settings.reward_learning_rate},
@@ -144,13 +147,14 @@ def fit(model: RewardModel, side: Side, settings: TrainingSettings, report: Repo
             batch = order[start : start + settings.reward_batch]
             figures = _step(model, pointwise, [items[i] for i in batch], weights[batch])
             processes.add_up_gradients([*model.parameters(), *pointwise.parameters()])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = sharding.clip_gradients(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             step += 1
             report(step, steps, {**figures, "gradient_norm": float(norm)})
     _standardise(model, items, side)
+    model.backbone = sharding.filled(empty, model.backbone)
 
 
 def _step(
@@ -161,8 +165,8 @@ def _step(
     packs = [_packable(item) for item in batch]
     own = processes.own(range(len(batch)))
     sizes = [len(packs[i][0]) + sum(map(len, packs[i][1])) for i in own]
-    for positions in rows_by_tokens(sizes, TOKENS_A_PASS):
-        group = [own[position] for position in positions]
+    passes = [[own[i] for i in group] for group in rows_by_tokens(sizes, TOKENS_A_PASS)]
+    for group, counts in processes.in_step(passes, [0]):
         with autocast():
             scores = model(pack([packs[i] for i in group]))  # (sum of K, H)
         losses, outcomes = [], []
@@ -173,9 +177,10 @@ def _step(
                 outcomes += pair_outcomes(of_item.mean(-1).tolist(), item.ranks)
             else:
                 losses.append(pointwise(of_item[0], item.target, item.kind))
-        loss = (torch.stack(losses) * weights[group]).mean(-1).sum() / len(batch)
+        loss = counts * (torch.stack(losses) * weights[group]).mean(-1).sum() / len(batch)
         loss.backward()
-        found.append({"loss": loss.item(), "pairs": len(outcomes), "right": sum(outcomes)})
+        pairs, right = counts * len(outcomes), counts * sum(outcomes)
+        found.append({"loss": loss.item(), "pairs": pairs, "right": right})
     total = processes.summed(found)
     if not math.isfinite(total["loss"]):
         raise FloatingPointError("the reward model's loss is not finite; lower reward_learning_rate")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
 from evaluation.sampler import Sample, Sampler
+from training import processes
 from training.policy import Policy, write_checkpoint
 
 
@@ -18,7 +19,7 @@ class Rollouts:
     """The current policy's responses, through `sampler`, by way of checkpoints in `directory`.
 
     The weights of each update and of the one before stay there, in bfloat16, under the update's number. A
-    process that is not the first of several has no sampler, and is never asked for responses.
+    process that is not the first of several has no sampler, and gets the first one's responses.
     """
 
     def __init__(
@@ -40,9 +41,14 @@ class Rollouts:
         self, policy: Policy, prompts: Sequence[Prompt], update: int, *, n: int, seed: int
     ) -> list[list[Sample]]:
         """`n` responses to each prompt with the policy's weights as they are at this update."""
-        assert self._sampler is not None
         checkpoint = self.checkpoint(update)
         write_checkpoint(policy, self._tokenizer, checkpoint)
+        return processes.from_first(lambda: self._sample(checkpoint, prompts, update, n, seed))
+
+    def _sample(
+        self, checkpoint: Path, prompts: Sequence[Prompt], update: int, n: int, seed: int
+    ) -> list[list[Sample]]:
+        assert self._sampler is not None
         for other in self._directory.iterdir():
             if other not in (checkpoint, self.checkpoint(update - 1)):
                 shutil.rmtree(other)

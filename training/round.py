@@ -349,7 +349,7 @@ class RoundRun:
     ) -> Task:
         more_prompts, texts = self._files
         return Task(
-            policy=load_policy(self._directory / "sft"),
+            policy=load_policy(self._directory / "sft", processes.loading_device()),
             tokenizer=self._tokenizer,
             side=self._weights.weighed(self._dataset.train)[0],
             prompts=[*self._dataset.train.sorted_prompts(), *more_prompts],
@@ -470,8 +470,7 @@ class RoundRun:
         return Progress(stage, lambda step, figures: self._keep(stage, step, figures))
 
     def _write(self, policy: Policy, directory: Path) -> None:
-        if processes.is_first():
-            write_checkpoint(policy, self._tokenizer, directory)
+        write_checkpoint(policy, self._tokenizer, directory)
 
     def _keep(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
         if not processes.is_first():

@@ -61,7 +61,7 @@ def fine_tune(
         max_length=None,
     )
     trainer = SFTTrainer(
-        model=load_policy(model_dir),
+        model=load_policy(model_dir, processes.loading_device()),
         args=config,
         train_dataset=HfDataset.from_list([_row(item) for item in demonstrations]),
         processing_class=tokenizer,
