@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -70,13 +70,6 @@ class Export:
     at: float
     cursor: int
     cutoff: int
-
-
-class Spool(Protocol):
-    """What keeps completion records on disk until the queue takes them."""
-
-    def keep(self, left_of: Callable[[Sequence[Completion]], Sequence[Completion]]) -> None:
-        """Rewrite the files with only those records that `left_of` returns of them; done again, no harm."""
 
 
 class Forgettings:

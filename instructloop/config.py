@@ -70,6 +70,11 @@ class Config(BaseModel):
         return self.queue.url or redis_process.url(self.data_dir)
 
     @property
+    def spool_file(self) -> Path:
+        """Where completion records wait while Redis is away."""
+        return self.data_dir / "spool.db"
+
+    @property
     def versions_dir(self) -> Path:
         """Where model versions live."""
         return self.data_dir / "versions"

@@ -52,7 +52,7 @@ async def serve(config: Config) -> int:
             counters=redis_counters(client, f"{config.queue.stream}:limit"),
             database=engine,
             versions=config.versions_dir,
-            spool=config.data_dir / "spool.db",
+            spool=config.spool_file,
             secret=installation.ensure_secret(config.data_dir),
             replica_id=replica_id(config),
             waiting_hours=config.store.waiting_hours,

@@ -4,6 +4,7 @@ Owns the order of a forgetting's steps outside the tables, and when they are tri
 done again, so one that was killed or refused is simply run once more, by the next ingest or the next command.
 """
 
+import json
 import logging
 import shutil
 import threading
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from feedback.forgetting import Forgetting, Forgettings, Spool, Step
+from feedback.forgetting import Forgetting, Forgettings, Step
+from feedback.records import Completion
 from feedback.retention import expire
+from feedback.spool import Spool
 from feedback.store import Store
 from feedback.tables import METADATA
 from feedback.tombstones import digest
@@ -42,18 +45,12 @@ _DAY_SECONDS = 86_400.0
 
 
 class Upkeep:
-    """The upkeep of one installation. `client` must not decode responses.
+    """The upkeep of one installation. `client` must not decode responses."""
 
-    `spools` are what keeps completion records on disk while Redis is away.
-    """
-
-    def __init__(
-        self, config: "Config", engine: "Engine", client: "redis.Redis", spools: Sequence[Spool] = ()
-    ) -> None:
+    def __init__(self, config: "Config", engine: "Engine", client: "redis.Redis") -> None:
         self._config = config
         self._engine = engine
         self._client = client
-        self._spools = spools
         self._store = Store(engine, config.store.waiting_hours)
         self._forgettings = Forgettings(engine)
         self._compact_at = 0.0
@@ -130,10 +127,16 @@ class Upkeep:
         def forgotten(event_ids: Sequence[str]) -> set[str]:
             return {id for _, id in self._forgettings.among([("event", id) for id in event_ids])}
 
-        for spool in self._spools:
-            spool.keep(self._forgettings.left_of)
+        # The spool first: what waits in it comes into the queue later.
+        Spool(self._config.spool_file, 0).discard(self._is_forgotten)
         ingest = partial(self._store.ingest, cleaning=True)
         QueueCleaning(self._client, self._config.queue, ingest, forgotten).run()
+
+    def _is_forgotten(self, record: bytes) -> bool:
+        try:
+            return not self._forgettings.left_of([Completion.model_validate_json(record)])
+        except ValueError:
+            return False  # ingest will make a dead letter of it
 
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
         """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes."""
@@ -145,8 +148,23 @@ class Upkeep:
                 self._rename(rounds, forgetting.digest)
 
     def _rename(self, rounds: Rounds, rater: str) -> None:
-        """Take a rater's id out of the settings of rounds, and out of what trackers wrote of them."""
-        for number in rounds.rename_rater(lambda id: digest(("rater", id)) == rater, f"sha256:{rater}"):
+        """Take a rater's id out of what rounds, versions and trackers say of raters."""
+        from registry import manifest
+
+        def is_it(text: str) -> bool:
+            return digest(("rater", text)) == rater
+
+        name = f"sha256:{rater}"
+        for directory in self._config.versions_dir.glob("*/"):
+            if (directory / manifest.READY).exists():
+                manifest.rename_in(directory, is_it, name)
+        for file in (self._config.data_dir / "rounds").glob("*/*.json"):
+            found = json.loads(file.read_bytes())
+            if (changed := manifest.renamed(found, is_it, name)) != found:
+                partial_ = file.with_suffix(".partial")
+                partial_.write_text(json.dumps(changed))
+                partial_.replace(file)
+        for number in rounds.rename_rater(is_it, name):
             shutil.rmtree(self._config.data_dir / "rounds" / f"{number:04d}" / TRACKING, ignore_errors=True)
 
     def _samples(self, number: int) -> SampleLog:

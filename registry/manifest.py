@@ -6,6 +6,7 @@ Owns file formats and durability. Which versions exist and what state they are i
 import hashlib
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def write(directory: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
     partial.replace(directory / MANIFEST)
     sync(directory)
+
+
+def rename_in(directory: Path, is_it: Callable[[str], bool], name: str) -> None:
+    """Put `name` for every text that is the one into the manifest of the version in `directory`."""
+    manifest = read(directory)
+    changed = Manifest(**renamed(manifest.model_dump(), is_it, name))
+    if changed != manifest:
+        write(directory, changed)
+
+
+def renamed(value: Any, is_it: Callable[[str], bool], name: str) -> Any:
+    """Return the same JSON with `name` for every key and text that is the one."""
+    if isinstance(value, Mapping):
+        return {name if is_it(key) else key: renamed(item, is_it, name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, is_it, name) for item in value]
+    return name if isinstance(value, str) and is_it(value) else value
 
 
 def mark_ready(directory: Path) -> None:

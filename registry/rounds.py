@@ -17,6 +17,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from registry import audit
+from registry.manifest import renamed
 from registry.tables import ROUND_EVENTS, ROUND_METRICS, ROUND_STAGES, ROUNDS
 
 RoundState = Literal["requested", "running", "done", "failed"]
@@ -351,18 +352,27 @@ class Rounds:
         return [round_ for round_ in found if round_.holds(positions)]
 
     def rename_rater(self, is_it: Callable[[str], bool], name: str) -> Sequence[int]:
-        """Call a rater `name` in the settings of all rounds that weighed it; return those rounds' ids.
+        """Call a rater `name` in the settings and results of all rounds; return the ids of those it stood in.
 
         Their configuration's hash stays that of what they ran with.
         """
-        renamed = []
+        found: set[int] = set()
         with self._engine.begin() as connection:
             for id, config in connection.execute(sa.select(ROUNDS.c.id, ROUNDS.c.config)).all():
-                changed = _renamed(config, is_it, name)
+                changed = renamed(config, is_it, name)
                 if changed != config:
                     connection.execute(sa.update(ROUNDS).where(ROUNDS.c.id == id).values(config=changed))
-                    renamed.append(id)
-        return renamed
+                    found.add(id)
+            stages = ROUND_STAGES.c
+            for id, stage, result in connection.execute(
+                sa.select(stages.round_id, stages.name, stages.result)
+            ).all():
+                changed = renamed(result, is_it, name)
+                if changed != result:
+                    same = (stages.round_id == id) & (stages.name == stage)
+                    connection.execute(sa.update(ROUND_STAGES).where(same).values(result=changed))
+                    found.add(id)
+        return sorted(found)
 
     @staticmethod
     def _only(connection: sa.Connection, state: RoundState) -> Round | None:
@@ -395,15 +405,6 @@ def _took(round_: Round, position: int, rater: str) -> bool:
     if any(start < position <= end for start, end in standing.get("returned", {}).get(rater, ())):
         return True
     return round_.cursor < position <= round_.cutoff and rater not in standing.get("held", {})
-
-
-def _renamed(value: Any, is_it: Callable[[str], bool], name: str) -> Any:
-    """Return the same JSON with `name` for every key and text that is the one."""
-    if isinstance(value, Mapping):
-        return {name if is_it(key) else key: _renamed(item, is_it, name) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item, is_it, name) for item in value]
-    return name if isinstance(value, str) and is_it(value) else value
 
 
 def _plain(value: Any) -> Any:

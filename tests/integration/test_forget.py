@@ -29,6 +29,7 @@ from feedback.forgetting import Forgettings
 from feedback.queue import Entry, FeedbackQueue, StreamReader
 from feedback.records import Completion
 from feedback.settings import QueueSettings
+from feedback.spool import Spool
 from feedback.store import Store
 from instructloop import config as configuration
 from instructloop import installation, redis_process
@@ -57,6 +58,7 @@ class Place:
         self.engine: Engine = installation.open_database(self.config)
         self.store = Store(self.engine)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.others: list[str] = []
         self.start_redis()
 
     def start_redis(self) -> None:
@@ -156,7 +158,8 @@ async def queue_up(place: Place) -> None:
     queue = FeedbackQueue(client, SETTINGS)
     for i in range(OTHERS):
         await queue.record([completion(f"o{i}", n=1, user="bob")])
-        await queue.submit(thumb(f"q{i}", f"o{i}", rater="k1/bob"), f"key {i}")
+        receipt = await queue.submit(thumb(f"q{i}", f"o{i}", rater="k1/bob"), f"key {i}")
+        place.others.append(receipt.event_id)
         if i % 10 == 0:
             await queue.record([anns(f"a{i}")])
             await queue.submit(comment(f"r{i}", f"o{i}", RITA), f"rita's {i}")
@@ -184,12 +187,14 @@ def fill(place: Place) -> None:
         directory = place.directory / "rounds" / f"{round_.id:04d}"
         (directory / "tracking").mkdir(parents=True)
         (directory / "tracking" / "events").write_text(f"weights: {RITA}")
+        (directory / "reward_model.json").write_text(json.dumps({"influence": {"largest": {RITA: 0.5}}}))
         text = SECRET if cursor else "nothing of it"
         SampleLog(directory).keep(1, [{"prompt": text, "response": text, "score": 0.0}])
+    place.store.raters.quarantine(RITA, actor="op", reason="contradicts everybody")
+    place.store.raters.add_gold("f0", actor="op", reason="")
+    waiting = [anns("spooled"), completion("of another", n=1, user="bob")]
+    Spool(place.config.spool_file, 2**20).append([one.model_dump_json().encode() for one in waiting])
     asyncio.run(queue_up(place))
-
-
-STORED = sorted([f"e{i}" for i in range(60)] + [f"q{i}" for i in range(OTHERS)])
 
 
 def check_forgotten(place: Place) -> None:
@@ -197,11 +202,12 @@ def check_forgotten(place: Place) -> None:
     assert Forgettings(place.engine).unfinished() == []
     place.engine.dispose()
     assert place.files_with(SECRET, RITA, "user:ann") == set()
-    assert stored_events(place.engine) == STORED
+    stored = sorted([f"e{i}" for i in range(60)] + place.others)
+    assert stored_events(place.engine) == stored
     assert place.store.counts() == {
         "completions": 60 + OTHERS,
         "waiting": 0,
-        "stored": len(STORED),
+        "stored": len(stored),
         "superseded": 0,
         "rejected": 0,
         "dead_letters": 0,
@@ -213,6 +219,10 @@ def check_forgotten(place: Place) -> None:
         assert len(client.keys("*idempotency*")) == OTHERS
     assert SampleLog(place.directory / "rounds" / "0001").read() != []
     assert SampleLog(place.directory / "rounds" / "0002").read() == []
+    (spooled,) = Spool(place.config.spool_file, 2**20).oldest(10)
+    assert Completion.model_validate_json(spooled.data).id == "of another"
+    assert [one.rater[:7] for one in place.store.raters.log()] == ["sha256:"]
+    assert place.store.raters.gold() == []
     weights = [round_.config["training"]["reward_rater_weights"] for round_ in Rounds(place.engine).list()]
     assert [sorted(rater[:7] for rater in one) for one in weights] == [["k1/bob", "sha256:"]] * 2
 
