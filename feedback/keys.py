@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -23,7 +23,7 @@ Note = Callable[[Connection, KeyAction, str], None]
 _ABSENT = hashlib.sha256(b"no such key").hexdigest()
 _ID = re.compile(r"[0-9a-f]{12}")
 # Built once: it runs for every request.
-_BY_ID = sa.select(tables.keys).where(tables.keys.c.id == sa.bindparam("key_id"))
+_BY_IDS = sa.select(tables.keys).where(tables.keys.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 
 class UnknownKey(KeyError):  # noqa: N818
@@ -92,21 +92,19 @@ class Keys:
 
     def verify(self, secret: str) -> Key | None:
         """Return the key that this secret opens, or None if it is unknown, malformed, replaced or revoked."""
-        given = _sha256(secret)
-        parts = secret.split("_")
-        id = parts[2] if len(parts) == 4 and _ID.fullmatch(parts[2]) else ""
-        row = self._row(id)
-        # Compare also when there is no such id, so that the answer takes the same time.
-        current = hmac.compare_digest(given, _ABSENT if row is None else row.secret_sha256)
-        old = hmac.compare_digest(given, (None if row is None else row.old_secret_sha256) or _ABSENT)
-        if row is None or row.revoked_at is not None:
-            return None
-        return _key(row) if current or (old and time.time() < row.old_secret_until) else None
+        return self.verify_all([secret])[0]
 
-    def find(self, id: str) -> Key | None:
-        """Return the key with this id, or None if there is none or it is revoked."""
-        row = self._row(id)
-        return None if row is None or row.revoked_at is not None else _key(row)
+    def verify_all(self, secrets: Sequence[str]) -> "list[Key | None]":
+        """Verify many with one look at the database."""
+        ids = [_id_of(secret) for secret in secrets]
+        rows = self._rows(ids)
+        return [_opened(rows.get(id), secret) for id, secret in zip(ids, secrets, strict=True)]
+
+    def find_all(self, ids: Sequence[str]) -> "list[Key | None]":
+        """Return the key with each id, or None if there is none or it is revoked."""
+        rows = self._rows(ids)
+        found = [rows.get(id) for id in ids]
+        return [None if row is None or row.revoked_at is not None else _key(row) for row in found]
 
     def rotate(self, id: str, grace_seconds: float = 0.0) -> NewKey:
         """Give a key a new secret; the last one opens for `grace_seconds` more, any older one no longer.
@@ -114,7 +112,7 @@ class Keys:
         Id, role and all that belongs to the key stay. Raises UnknownKey, RevokedKey.
         """
         with self._engine.begin() as connection:
-            row = connection.execute(_BY_ID.with_for_update(), {"key_id": id}).one_or_none()
+            row = connection.execute(_BY_IDS.with_for_update(), {"ids": [id]}).one_or_none()
             if row is None:
                 raise UnknownKey(id)
             if row.revoked_at is not None:
@@ -146,16 +144,31 @@ class Keys:
         with self._reader.connect() as connection:
             return [_key(row) for row in connection.execute(statement)]
 
-    def _row(self, id: str) -> "sa.Row[tuple[object, ...]] | None":
+    def _rows(self, ids: Sequence[str]) -> "dict[str, sa.Row[Any]]":
         with self._reader.connect() as connection:
-            return connection.execute(_BY_ID, {"key_id": id}).one_or_none()
+            return {row.id: row for row in connection.execute(_BY_IDS, {"ids": list(set(ids))})}
 
     def _write_down(self, connection: Connection, action: KeyAction, id: str) -> None:
         if self._note is not None:
             self._note(connection, action, id)
 
 
-def _key(row: "sa.Row[tuple[object, ...]]") -> Key:
+def _id_of(secret: str) -> str:
+    parts = secret.split("_")
+    return parts[2] if len(parts) == 4 and _ID.fullmatch(parts[2]) else ""
+
+
+def _opened(row: "sa.Row[Any] | None", secret: str) -> Key | None:
+    # Compare also when there is no such id, so that the answer takes the same time.
+    given = _sha256(secret)
+    current = hmac.compare_digest(given, _ABSENT if row is None else row.secret_sha256)
+    old = hmac.compare_digest(given, (None if row is None else row.old_secret_sha256) or _ABSENT)
+    if row is None or row.revoked_at is not None:
+        return None
+    return _key(row) if current or (old and time.time() < row.old_secret_until) else None
+
+
+def _key(row: "sa.Row[Any]") -> Key:
     return Key(
         id=row.id,
         role=row.role,

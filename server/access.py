@@ -5,11 +5,14 @@ stands in `ROUTES`.
 """
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import anyio.to_thread
 from starlette.datastructures import Headers
 
+from feedback.grouping import Grouped
 from server.context import Caller, CallerRole
 from server.errors import Problem
 from server.identity import Identity
@@ -19,6 +22,8 @@ _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
+
+_KEYS_AT_ONCE = 100
 
 ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/health", _OPEN),
@@ -105,28 +110,30 @@ class Key(Protocol):
 
 
 class KeyBook(Protocol):
-    """Where keys are looked up: `feedback.keys.Keys`. Both may block, on the database."""
+    """Where keys are looked up, many at once: `feedback.keys.Keys`. Both may block, on the database."""
 
-    def verify(self, secret: str) -> Key | None:
-        """Return the key that this secret opens now."""
+    def verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
+        """Return the key that each secret opens now."""
 
-    def find(self, id: str) -> Key | None:
-        """Return the key with this id unless it is revoked."""
+    def find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
+        """Return the key with each id unless it is revoked."""
 
 
 class Authenticator:
     """Turns credentials into a Caller: `Authorization: Bearer`, `x-api-key`, or `X-Feedback-Token`.
 
-    Every request asks the key book, in a thread: a key that is revoked or rotated anywhere is so here with
-    the next request, whatever else is away. A feedback token is good as long as the key that it speaks for.
+    Nothing is remembered: the key of every request is read after it came, in a thread, together with those of
+    the requests beside it. So a key that is revoked or rotated anywhere is so here with the next request,
+    whatever else is away. A feedback token is good as long as the key that it speaks for.
     """
 
     def __init__(self, keys: KeyBook, identity: Identity) -> None:
-        self._keys = keys
+        self._verify = Grouped(partial(_in_thread, keys.verify_all), limit=_KEYS_AT_ONCE, at_once=2)
+        self._find = Grouped(partial(_in_thread, keys.find_all), limit=_KEYS_AT_ONCE, at_once=2)
         self._identity = identity
 
     async def caller(self, headers: Headers) -> Caller:
-        """Who sent these headers. Raises Problem 401."""
+        """Who sent these headers. Raises Problem 401, and what the key book raises."""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         secret = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
         if secret:
@@ -137,7 +144,7 @@ class Authenticator:
         raise Problem(401, "an API key (Authorization: Bearer …) or a feedback token is needed")
 
     async def _by_key(self, secret: str) -> Caller:
-        key = await anyio.to_thread.run_sync(self._keys.verify, secret)
+        key = await self._verify(secret)
         if key is None:
             raise Problem(401, "unknown or revoked API key")
         return Caller(key.role, key.id, key.name)
@@ -147,6 +154,12 @@ class Authenticator:
         key_id = self._identity.owner(claims.completion_id) if claims is not None else None
         if claims is None or key_id is None:
             raise Problem(401, "unknown or expired feedback token")
-        if await anyio.to_thread.run_sync(self._keys.find, key_id) is None:
+        if await self._find(key_id) is None:
             raise Problem(401, "the key that this feedback token speaks for is revoked")
         return Caller("token", key_id, "feedback token", claims.completion_id, claims.user)
+
+
+async def _in_thread(
+    look_up: Callable[[Sequence[str]], Sequence[Key | None]], wanted: Sequence[str]
+) -> Sequence[Key | None]:
+    return await anyio.to_thread.run_sync(look_up, wanted)
