@@ -5,20 +5,23 @@ stands in `ROUTES`.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Protocol
 
-import anyio.to_thread
 from starlette.datastructures import Headers
 
+from feedback.grouping import Grouped
 from server.context import Caller, CallerRole
 from server.errors import Problem
 from server.identity import Identity
+from server.lookups import from_database
 
 _CLIENT: frozenset[CallerRole] = frozenset({"client"})
 _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
+_TOGETHER, _AT_ONCE = 500, 2
 
 ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/health", _OPEN),
@@ -107,23 +110,26 @@ class Key(Protocol):
 class KeyBook(Protocol):
     """Where keys are looked up: `feedback.keys.Keys`. Both may block, on the database."""
 
-    def verify(self, secret: str) -> Key | None:
-        """Return the key that this secret opens now."""
+    def verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
+        """Return the key that each secret opens now."""
 
-    def find(self, id: str) -> Key | None:
-        """Return the key with this id unless it is revoked."""
+    def find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
+        """Return the keys with these ids, None for one that is revoked."""
 
 
 class Authenticator:
     """Turns credentials into a Caller: `Authorization: Bearer`, `x-api-key`, or `X-Feedback-Token`.
 
     Every request asks the key book, in a thread: a key that is revoked or rotated anywhere is so here with
-    the next request, whatever else is away. A feedback token is good as long as the key that it speaks for.
+    the next request, whatever else is away. Requests that come at the same time ask together. A feedback
+    token is good as long as the key that it speaks for.
     """
 
     def __init__(self, keys: KeyBook, identity: Identity) -> None:
         self._keys = keys
         self._identity = identity
+        self._verify = Grouped(self._verify_all, limit=_TOGETHER, at_once=_AT_ONCE)
+        self._find = Grouped(self._find_all, limit=_TOGETHER, at_once=_AT_ONCE)
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Problem 401."""
@@ -137,7 +143,7 @@ class Authenticator:
         raise Problem(401, "an API key (Authorization: Bearer …) or a feedback token is needed")
 
     async def _by_key(self, secret: str) -> Caller:
-        key = await anyio.to_thread.run_sync(self._keys.verify, secret)
+        key = await self._verify(secret)
         if key is None:
             raise Problem(401, "unknown or revoked API key")
         return Caller(key.role, key.id, key.name)
@@ -147,6 +153,12 @@ class Authenticator:
         key_id = self._identity.owner(claims.completion_id) if claims is not None else None
         if claims is None or key_id is None:
             raise Problem(401, "unknown or expired feedback token")
-        if await anyio.to_thread.run_sync(self._keys.find, key_id) is None:
+        if await self._find(key_id) is None:
             raise Problem(401, "the key that this feedback token speaks for is revoked")
         return Caller("token", key_id, "feedback token", claims.completion_id, claims.user)
+
+    async def _verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
+        return await from_database(self._keys.verify_all, secrets)
+
+    async def _find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
+        return await from_database(self._keys.find_all, ids)
