@@ -5,23 +5,28 @@ stands in `ROUTES`.
 """
 
 import re
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
 from functools import partial
+=======
+from collections.abc import Sequence
+>>>>>>> faults
 from typing import Protocol
 
-import anyio.to_thread
 from starlette.datastructures import Headers
 
 from feedback.grouping import Grouped
 from server.context import Caller, CallerRole
 from server.errors import Problem
 from server.identity import Identity
+from server.lookups import from_database
 
 _CLIENT: frozenset[CallerRole] = frozenset({"client"})
 _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
+_TOGETHER, _AT_ONCE = 500, 2
 
 _KEYS_AT_ONCE = 100
 
@@ -116,21 +121,33 @@ class KeyBook(Protocol):
         """Return the key that each secret opens now."""
 
     def find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
+<<<<<<< HEAD
         """Return the key with each id unless it is revoked."""
+=======
+        """Return the keys with these ids, None for one that is revoked."""
+>>>>>>> faults
 
 
 class Authenticator:
     """Turns credentials into a Caller: `Authorization: Bearer`, `x-api-key`, or `X-Feedback-Token`.
 
+<<<<<<< HEAD
     Nothing is remembered: the key of every request is read after it came, in a thread, together with those of
     the requests beside it. So a key that is revoked or rotated anywhere is so here with the next request,
     whatever else is away. A feedback token is good as long as the key that it speaks for.
+=======
+    Every request asks the key book, in a thread: a key that is revoked or rotated anywhere is so here with
+    the next request, whatever else is away. Requests that come at the same time ask together. A feedback
+    token is good as long as the key that it speaks for.
+>>>>>>> faults
     """
 
     def __init__(self, keys: KeyBook, identity: Identity) -> None:
         self._verify = Grouped(partial(_in_thread, keys.verify_all), limit=_KEYS_AT_ONCE, at_once=2)
         self._find = Grouped(partial(_in_thread, keys.find_all), limit=_KEYS_AT_ONCE, at_once=2)
         self._identity = identity
+        self._verify = Grouped(self._verify_all, limit=_TOGETHER, at_once=_AT_ONCE)
+        self._find = Grouped(self._find_all, limit=_TOGETHER, at_once=_AT_ONCE)
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Problem 401, and what the key book raises."""
@@ -158,8 +175,16 @@ class Authenticator:
             raise Problem(401, "the key that this feedback token speaks for is revoked")
         return Caller("token", key_id, "feedback token", claims.completion_id, claims.user)
 
+<<<<<<< HEAD
 
 async def _in_thread(
     look_up: Callable[[Sequence[str]], Sequence[Key | None]], wanted: Sequence[str]
 ) -> Sequence[Key | None]:
     return await anyio.to_thread.run_sync(look_up, wanted)
+=======
+    async def _verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
+        return await from_database(self._keys.verify_all, secrets)
+
+    async def _find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
+        return await from_database(self._keys.find_all, ids)
+>>>>>>> faults

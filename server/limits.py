@@ -138,4 +138,16 @@ def redis_counters(client: redis.asyncio.Redis, prefix: str) -> RedisStorage:
     for script in ("SCRIPT_SLIDING_WINDOW", "SCRIPT_ACQUIRE_SLIDING_WINDOW"):
         setattr(bridge, script, _NOT_LOGGED + getattr(bridge, script))
     bridge.register_scripts()
+    # Requests that come at the same time are counted in one round trip.
+    counted = Grouped(partial(_count_all, client, bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW), limit=500, at_once=2)
+    bridge.lua_acquire_sliding_window = lambda keys, arguments: counted([len(keys), *keys, *arguments])
     return storage
+
+
+async def _count_all(
+    client: Any, script: str | bytes, calls: Sequence[Sequence[str | int]]
+) -> Sequence[bool | None]:
+    async with client.pipeline(transaction=False) as pipeline:
+        for arguments in calls:
+            pipeline.eval(script, *arguments)
+        return list(await pipeline.execute())

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.access import Authenticator, roles_of
 from server.body import parse_object
 from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, choice_count, generation_of
-from server.errors import DATABASE_AWAY, Problem
+from server.errors import Problem
 from server.identity import Identity, TokenClaims
 from server.limits import Limits
 
@@ -75,11 +75,7 @@ class Gate:
         roles = roles_of(scope["method"], scope["path"])
         if not roles:
             return None
-        try:
-            caller = await self._authenticator.caller(Headers(scope=scope))
-        except DATABASE_AWAY as error:
-            logger.error("keys can't be read: %s", error)
-            raise Problem(503, "keys can't be checked at the moment", retry_after=5) from error
+        caller = await self._authenticator.caller(Headers(scope=scope))
         if caller.role not in roles:
             raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
         await self._limits.request(caller)

@@ -67,15 +67,11 @@ class Recorder:
         self._dropped = 0
 
     def record(self, completion: Completion) -> None:
-        """Take one completion; returns at once. Called on the event loop's thread.
-
-        Raises PydanticSerializationError for one that can't be written down (the caller counts it as lost).
-        """
-        data = encoded(completion)
+        """Take one completion; returns at once. Called on the event loop's thread."""
         if len(self._buffer) >= self._limit:
             self._drop(1, "full")
             return
-        self._buffer.append(data)
+        self._buffer.append(encoded(completion))
         self._metrics.waiting.set(len(self._buffer))
         self._arrived.set()
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
@@ -36,6 +35,7 @@ from server.errors import Problem
 from server.feedback_events import check_owner, check_recorded, event_from, open_references, rater_of
 from server.identity import Identity
 from server.limits import Limits
+from server.lookups import from_database
 from server.metrics import ServerMetrics
 from server.openapi import problems, takes_feedback, takes_lines
 
@@ -114,7 +114,7 @@ class FeedbackRoutes:
             caller, idempotency_key = CALLER.get(), _idempotency_key(request)
             event = event_from(parse_object(await request.body()), caller, self._identity)
             if open_references(event.feedback, self._identity):
-                await anyio.to_thread.run_sync(check_recorded, event.feedback, self._store.completion)
+                await from_database(check_recorded, event.feedback, self._store.completion)
             await self._limits.events(caller, event.rater)
             if idempotency_key is not None and caller.role == "token":
                 # End users of one client do not know of each other's keys.
@@ -138,7 +138,7 @@ class FeedbackRoutes:
         if len(lines) > self._batch_lines:
             raise Problem(413, f"a batch may have at most {self._batch_lines} lines")
         caller = CALLER.get()
-        taken = await anyio.to_thread.run_sync(self._events, lines, caller)
+        taken = await from_database(self._events, lines, caller)
         taken = await self._within_limits(taken, caller)
         accepted = [item for item in taken if not isinstance(item, Problem)]
         receipts: Iterator[Receipt] = iter(())
@@ -155,34 +155,32 @@ class FeedbackRoutes:
     async def receipt(self, event_id: str) -> EventAnswer:
         """Say what became of an event; for who gave it and for operators."""
         caller = CALLER.get()
-        found = await anyio.to_thread.run_sync(self._remembered, event_id)
+        found = await from_database(self._remembered, event_id)
         if found is None:
             giver = await self._durably(self._queue.queued(event_id))
             if giver is not None:
                 _check_giver(caller, giver)
                 return EventAnswer(event_id=event_id, status="queued")
             # It may have left the queue between the two looks.
-            found = await anyio.to_thread.run_sync(self._remembered, event_id)
+            found = await from_database(self._remembered, event_id)
         if found is None:
-            raise await anyio.to_thread.run_sync(
-                self._missing, "event", event_id, f"no such event: {event_id}"
-            )
+            raise await from_database(self._missing, "event", event_id, f"no such event: {event_id}")
         if isinstance(found, DeadLetter):
             _check_giver(caller, found.key_id, found.rater)
             return EventAnswer(event_id=event_id, status="rejected", reason=found.reason)
         _check_giver(caller, found.event.key_id, found.event.rater)
-        return await anyio.to_thread.run_sync(self._described, found)
+        return await from_database(self._described, found)
 
     async def completion(self, completion_id: str) -> CompletionAnswer:
         """Return the record of a completion with the feedback on it; for its client and for operators."""
         caller = CALLER.get()
         if caller.role != "operator":
             check_owner(completion_id, caller, self._identity)
-        parts = await anyio.to_thread.run_sync(self._store.completion, completion_id)
+        parts = await from_database(self._store.completion, completion_id)
         if not parts:
             absent = f"no record of {completion_id}, or not yet"
-            raise await anyio.to_thread.run_sync(self._missing, "completion", completion_id, absent)
-        events = await anyio.to_thread.run_sync(self._store.events_of, completion_id)
+            raise await from_database(self._missing, "completion", completion_id, absent)
+        events = await from_database(self._store.events_of, completion_id)
         return _record(parts, events)
 
     async def queries(self, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Queries:
@@ -192,7 +190,7 @@ class FeedbackRoutes:
         """
         caller = CALLER.get()
         rater = rater_of(caller) if caller.role == "rater" else None
-        found = await anyio.to_thread.run_sync(self._store.queries, limit, rater, self._gold_share)
+        found = await from_database(self._store.queries, limit, rater, self._gold_share)
         return Queries(queries=[_query(query) for query in found])
 
     def _events(self, lines: Sequence[bytes], caller: Caller) -> "list[Line]":
