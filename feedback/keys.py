@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -23,12 +23,8 @@ Note = Callable[[Connection, KeyAction, str], None]
 _ABSENT = hashlib.sha256(b"no such key").hexdigest()
 _ID = re.compile(r"[0-9a-f]{12}")
 # Built once: it runs for every request.
-<<<<<<< HEAD
-_BY_IDS = sa.select(tables.keys).where(tables.keys.c.id.in_(sa.bindparam("ids", expanding=True)))
-=======
 _BY_ID = sa.select(tables.keys).where(tables.keys.c.id == sa.bindparam("key_id"))
 _BY_IDS = sa.select(tables.keys).where(tables.keys.c.id.in_(sa.bindparam("key_ids", expanding=True)))
->>>>>>> faults
 
 
 class UnknownKey(KeyError):  # noqa: N818
@@ -98,17 +94,6 @@ class Keys:
     def verify(self, secret: str) -> Key | None:
         """Return the key that this secret opens, or None if it is unknown, malformed, replaced or revoked."""
         return self.verify_all([secret])[0]
-<<<<<<< HEAD
-
-    def verify_all(self, secrets: Sequence[str]) -> "list[Key | None]":
-        """Verify many with one look at the database."""
-        ids = [_id_of(secret) for secret in secrets]
-        rows = self._rows(ids)
-        return [_opened(rows.get(id), secret) for id, secret in zip(ids, secrets, strict=True)]
-
-    def find_all(self, ids: Sequence[str]) -> "list[Key | None]":
-        """Return the key with each id, or None if there is none or it is revoked."""
-=======
 
     def verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
         """As `verify` of each, in one look at the database."""
@@ -122,7 +107,6 @@ class Keys:
 
     def find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
         """As `find` of each, in one look at the database."""
->>>>>>> faults
         rows = self._rows(ids)
         found = [rows.get(id) for id in ids]
         return [None if row is None or row.revoked_at is not None else _key(row) for row in found]
@@ -133,7 +117,7 @@ class Keys:
         Id, role and all that belongs to the key stay. Raises UnknownKey, RevokedKey.
         """
         with self._engine.begin() as connection:
-            row = connection.execute(_BY_IDS.with_for_update(), {"ids": [id]}).one_or_none()
+            row = connection.execute(_BY_ID.with_for_update(), {"key_id": id}).one_or_none()
             if row is None:
                 raise UnknownKey(id)
             if row.revoked_at is not None:
@@ -165,15 +149,9 @@ class Keys:
         with self._reader.connect() as connection:
             return [_key(row) for row in connection.execute(statement)]
 
-<<<<<<< HEAD
-    def _rows(self, ids: Sequence[str]) -> "dict[str, sa.Row[Any]]":
-        with self._reader.connect() as connection:
-            return {row.id: row for row in connection.execute(_BY_IDS, {"ids": list(set(ids))})}
-=======
     def _rows(self, ids: Sequence[str]) -> "dict[str, sa.Row[tuple[object, ...]]]":
         with self._reader.connect() as connection:
             return {row.id: row for row in connection.execute(_BY_IDS, {"key_ids": sorted(set(ids))})}
->>>>>>> faults
 
     def _write_down(self, connection: Connection, action: KeyAction, id: str) -> None:
         if self._note is not None:
@@ -185,15 +163,9 @@ def _id_of(secret: str) -> str:
     return parts[2] if len(parts) == 4 and _ID.fullmatch(parts[2]) else ""
 
 
-<<<<<<< HEAD
-def _opened(row: "sa.Row[Any] | None", secret: str) -> Key | None:
-    # Compare also when there is no such id, so that the answer takes the same time.
-    given = _sha256(secret)
-=======
 def _opened(secret: str, row: "sa.Row[tuple[object, ...]] | None") -> Key | None:
     given = _sha256(secret)
     # Compare also when there is no such id, so that the answer takes the same time.
->>>>>>> faults
     current = hmac.compare_digest(given, _ABSENT if row is None else row.secret_sha256)
     old = hmac.compare_digest(given, (None if row is None else row.old_secret_sha256) or _ABSENT)
     if row is None or row.revoked_at is not None:
@@ -201,11 +173,7 @@ def _opened(secret: str, row: "sa.Row[tuple[object, ...]] | None") -> Key | None
     return _key(row) if current or (old and time.time() < row.old_secret_until) else None
 
 
-<<<<<<< HEAD
-def _key(row: "sa.Row[Any]") -> Key:
-=======
 def _key(row: "sa.Row[tuple[object, ...]]") -> Key:
->>>>>>> faults
     return Key(
         id=row.id,
         role=row.role,

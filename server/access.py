@@ -5,12 +5,7 @@ stands in `ROUTES`.
 """
 
 import re
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-from functools import partial
-=======
 from collections.abc import Sequence
->>>>>>> faults
 from typing import Protocol
 
 from starlette.datastructures import Headers
@@ -27,8 +22,6 @@ _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
 _TOGETHER, _AT_ONCE = 500, 2
-
-_KEYS_AT_ONCE = 100
 
 ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/health", _OPEN),
@@ -115,42 +108,31 @@ class Key(Protocol):
 
 
 class KeyBook(Protocol):
-    """Where keys are looked up, many at once: `feedback.keys.Keys`. Both may block, on the database."""
+    """Where keys are looked up: `feedback.keys.Keys`. Both may block, on the database."""
 
     def verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
         """Return the key that each secret opens now."""
 
     def find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
-<<<<<<< HEAD
-        """Return the key with each id unless it is revoked."""
-=======
         """Return the keys with these ids, None for one that is revoked."""
->>>>>>> faults
 
 
 class Authenticator:
     """Turns credentials into a Caller: `Authorization: Bearer`, `x-api-key`, or `X-Feedback-Token`.
 
-<<<<<<< HEAD
-    Nothing is remembered: the key of every request is read after it came, in a thread, together with those of
-    the requests beside it. So a key that is revoked or rotated anywhere is so here with the next request,
-    whatever else is away. A feedback token is good as long as the key that it speaks for.
-=======
     Every request asks the key book, in a thread: a key that is revoked or rotated anywhere is so here with
     the next request, whatever else is away. Requests that come at the same time ask together. A feedback
     token is good as long as the key that it speaks for.
->>>>>>> faults
     """
 
     def __init__(self, keys: KeyBook, identity: Identity) -> None:
-        self._verify = Grouped(partial(_in_thread, keys.verify_all), limit=_KEYS_AT_ONCE, at_once=2)
-        self._find = Grouped(partial(_in_thread, keys.find_all), limit=_KEYS_AT_ONCE, at_once=2)
+        self._keys = keys
         self._identity = identity
         self._verify = Grouped(self._verify_all, limit=_TOGETHER, at_once=_AT_ONCE)
         self._find = Grouped(self._find_all, limit=_TOGETHER, at_once=_AT_ONCE)
 
     async def caller(self, headers: Headers) -> Caller:
-        """Who sent these headers. Raises Problem 401, and what the key book raises."""
+        """Who sent these headers. Raises Problem 401."""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         secret = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
         if secret:
@@ -175,16 +157,8 @@ class Authenticator:
             raise Problem(401, "the key that this feedback token speaks for is revoked")
         return Caller("token", key_id, "feedback token", claims.completion_id, claims.user)
 
-<<<<<<< HEAD
-
-async def _in_thread(
-    look_up: Callable[[Sequence[str]], Sequence[Key | None]], wanted: Sequence[str]
-) -> Sequence[Key | None]:
-    return await anyio.to_thread.run_sync(look_up, wanted)
-=======
     async def _verify_all(self, secrets: Sequence[str]) -> Sequence[Key | None]:
         return await from_database(self._keys.verify_all, secrets)
 
     async def _find_all(self, ids: Sequence[str]) -> Sequence[Key | None]:
         return await from_database(self._keys.find_all, ids)
->>>>>>> faults

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import redis.asyncio
 from limits import RateLimitItem, parse
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 0.5
 _AWAY_SECONDS = 1.0
-_COUNTS_AT_ONCE = 100
-_WHO = {"key": "this key", "rater": "this rater", "end_user": "this end user"}
 _NOT_LOGGED = b"redis.set_repl(redis.REPL_NONE)\n"
 
 
@@ -49,7 +47,6 @@ class Limits:
             )
             if text != "none"
         }
-        self._grouped = Grouped(self._count_together, limit=_COUNTS_AT_ONCE, at_once=2)
         self._away_until = 0.0
 
     async def request(self, caller: Caller) -> None:
@@ -71,55 +68,24 @@ class Limits:
         if caller.role == "rater" or (caller.role == "client" and rater != rater_of(caller)):
             await self._count("rater", rater, count)
 
-    async def _count(self, name: str, identity: str, cost: int) -> None:
+    async def _count(self, name: str, identity: str, count: int) -> None:
         item = self._items.get(name)
         if item is None or time.monotonic() < self._away_until:
             return
         # A digest: names of people stay out of Redis' keys, and so do characters that mean something there.
-        counter = _Counter(item, name, hashlib.sha256(identity.encode()).hexdigest()[:32])
-        free_at = await self._grouped((counter, cost))
-        if free_at is not None:
-            self._metrics.limited.labels(name).inc()
-            seconds = max(1, math.ceil(free_at - time.time()))
-            raise Problem(429, f"{_WHO[name]} may ask {item}", retry_after=seconds)
-
-    async def _count_together(self, asked: "Sequence[tuple[_Counter, int]]") -> list[float | None]:
-        """Count what came at the same time: None for what passes, else when there is room again (Unix time).
-
-        When Redis does not answer, all passes, and for a moment nobody waits for it again.
-        """
-        costs: dict[_Counter, list[int]] = {}
-        for counter, cost in asked:
-            costs.setdefault(counter, []).append(cost)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
-                found = await asyncio.gather(*(self._count_on(*item) for item in costs.items()))
+                if await self._limiter.hit(item, name, digest, cost=count):
+                    return
+                free_at, _ = await self._limiter.get_window_stats(item, name, digest)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
-            reason = str(error) or "it does not answer"
-            logger.warning("rate limits are not kept while Redis is away: %s", reason)
+            logger.warning("limits are not kept while Redis is away: %s", error or "it does not answer")
             self._away_until = time.monotonic() + _AWAY_SECONDS
-            return [None] * len(asked)
-        answers = {counter: iter(answer) for counter, answer in zip(costs, found, strict=True)}
-        return [next(answers[counter]) for counter, _ in asked]
-
-    async def _count_on(self, counter: "_Counter", costs: Sequence[int]) -> list[float | None]:
-        hit = partial(self._limiter.hit, *counter)
-        if await hit(cost=sum(costs)):
-            return [None] * len(costs)
-        # Not all pass, but some may.
-        passed = [len(costs) > 1 and await hit(cost=cost) for cost in costs]
-        if all(passed):
-            return [None] * len(costs)
-        free_at, _ = await self._limiter.get_window_stats(*counter)
-        return [None if passes else free_at for passes in passed]
-
-
-class _Counter(NamedTuple):
-    """What is counted: by which limit, its name, and the digest of who asks."""
-
-    item: RateLimitItem
-    name: str
-    digest: str
+            return
+        self._metrics.limited.labels(name).inc()
+        who = {"key": "this key", "rater": "this rater", "end_user": "this end user"}[name]
+        raise Problem(429, f"{who} may ask {item}", retry_after=max(1, math.ceil(free_at - time.time())))
 
 
 def redis_counters(client: redis.asyncio.Redis, prefix: str) -> RedisStorage:

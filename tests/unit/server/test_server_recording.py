@@ -245,7 +245,9 @@ async def test_what_the_bound_drops_is_counted_and_told(
         recorder.record(completion(number, text="x" * 1000))
         await asyncio.sleep(0.0005)
     await until(lambda: value(metrics, "waiting") == 0)
-    dropped = value(metrics, "dropped_total", reason="spool_full")
+    # Where the machine is slow, some find the buffer in memory full before the spool is.
+    reasons = ("spool_full", "full")
+    dropped = sum(value(metrics, "dropped_total", reason=reason) for reason in reasons)
     kept = value(metrics, "spooled")
     assert (dropped + kept, 15 < kept < 40) == (300, True)
     told = f"{kept:.0f} completions wait on disk and {dropped:.0f} completions were dropped"

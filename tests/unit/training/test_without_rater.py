@@ -206,15 +206,15 @@ def test_of_a_rounds_files_only_samples_hold_texts(
     begin = installation.rounds.stage
 
     def look(round_id: int, name: str, state: str, *result: Any) -> None:
-        while_it_ran.update(files_with(installation.directory / "rounds", {*prompts, TROLL}))
+        while_it_ran.update(files_with(installation.directory / "rounds", prompts))
         begin(round_id, name, state, *result)
 
     monkeypatch.setattr(installation.rounds, "stage", look)
     settings = {"sft_minimum": 4, "sft_epochs": 2}
     assert once(installation, **settings).state == "done"
     assert while_it_ran == {"0001/samples.jsonl"}
-    assert files_with(installation.directory / "rounds", {*prompts, TROLL}) == {"0001/samples.jsonl"}
-    assert files_with(installation.directory / "versions", {*prompts, TROLL}) == set()
+    assert files_with(installation.directory / "rounds", prompts) == {"0001/samples.jsonl"}
+    assert files_with(installation.directory / "versions", prompts) == set()
 
 
 def files_with(directory: Path, texts: set[str]) -> set[str]:
