@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000, stateful_step_count=100)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1000, stateful_step_count=80)
 hypothesis.settings.load_profile("untimed")
 
 
