@@ -43,7 +43,7 @@ def learned(
         how = _how(round_, seen, models)
         if how is not None:
             models.add(round_.id)
-        elif round_.config["parent"] in found:
+        elif round_.config.get("parent") in found:
             how = f"descends from {round_.config['parent']}"
         if how is not None and version is not None:
             found[version.name] = Learned(version.name, version.state, how)

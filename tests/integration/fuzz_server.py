@@ -99,6 +99,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     dead=lambda: False,
                     obstacle=lambda: None,
                     serving=lambda: "policy-0000",
+                    recording=lambda: None,
                 ).router(),
                 FeedbackRoutes(
                     queue=queue,
