@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset as HfDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.models import prepare_fsdp
 
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, scores_and_spreads
@@ -156,7 +157,11 @@ def rloo(task: Task, reward: Reward) -> tuple[Policy, Result]:
         callbacks=[ReportedLogs(_by_update(task.report, steps_an_update))],
     )
     trainer.beta = settings.ppo_kl_coefficient
-    trainer.ref_model = trainer.accelerator.prepare_model(copy.deepcopy(task.policy), evaluation_mode=True)
+    reference = copy.deepcopy(task.policy)
+    if trainer.is_fsdp_enabled:
+        trainer.ref_model = prepare_fsdp(reference, trainer.accelerator)
+    else:
+        trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
     policy, result = _run(trainer)
     return policy, result | {"updates": updates}
 

@@ -139,7 +139,7 @@ def _follow_launcher() -> None:
     plugin = FullyShardedDataParallelPlugin()
     refused = {
         "fsdp_version: 1": plugin.fsdp_version != 2,
-        "fsdp_reshard_after_forward: false": not plugin.reshard_after_forward,
+        "fsdp_reshard_after_forward: false": plugin.reshard_after_forward is False,
         "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: true": plugin.activation_checkpointing,
         "fsdp_cpu_ram_efficient_loading: true": plugin.cpu_ram_efficient_loading,

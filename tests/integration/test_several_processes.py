@@ -27,6 +27,7 @@ DIVIDED = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"),
     f"--config_file={TESTS.parent / 'docker' / 'accelerate' / 'fsdp.yaml'}",
 ]
+ALL_WEIGHTS = ["ppo_critic=separate", "ppo_ema_decay=0.5", "ppo_learning_rate=3e-4"]
 Figures = dict[tuple[str, int, str], float]
 
 
@@ -68,12 +69,15 @@ def _compare(alone: Figures, together: Figures) -> None:
         assert together["ppo", 1, name] == pytest.approx(alone["ppo", 1, name], rel=0.05, abs=0.02), name
 
 
-def _ppo(model_dir: Path, work: Path, launcher: Sequence[str], *arguments: str) -> list[Any]:
-    """Run `ppo_process.py`; returns what each process says."""
+def _ppo(model_dir: Path, work: Path, launcher: Sequence[str], *arguments: str) -> None:
     work.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "integration.ppo_process", str(model_dir), str(work), *arguments]
     subprocess.run(command, env=environment, check=True, timeout=ENGINE_SECONDS)
+
+
+def _said(work: Path) -> list[Any]:
+    """What each process of `ppo_process.py` says of its run."""
     return [json.loads(file.read_text()) for file in sorted(work.glob("figures-*.json"))]
 
 
@@ -86,53 +90,81 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("settings", [[], ["ppo_lora_rank=4"]], ids=["full", "lora"])
+@pytest.fixture(scope="module")
+def whole_runs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where one process, and two with divided models, ran PPO on all weights from beginning to end."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, launcher in (("one", [sys.executable]), ("divided", DIVIDED)):
+        _ppo(model_dir, root / name, launcher, *ALL_WEIGHTS)
+    return {name: root / name for name in ("one", "divided")}
+
+
 def test_two_processes_make_the_ppo_updates_of_one(
-    settings: list[str], model_dir: Path, tmp_path: Path
+    whole_runs: dict[str, Path], model_dir: Path, tmp_path: Path
 ) -> None:
-    (expected,) = _ppo(model_dir, tmp_path / "one", [sys.executable], *settings)
-    assert (expected["processes"], len(expected["updates"])) == (1, 3)
-    weights, start = _candidate(tmp_path / "one"), load_file(model_dir / "model.safetensors")
-    for name, launcher in (("two", LAUNCHER), ("divided", DIVIDED)):
-        first, second = _ppo(model_dir, tmp_path / name, launcher, *settings)
-        assert first["processes"] == second["processes"] == 2
-        assert first["updates"] == second["updates"]
-        if name == "divided":
-            assert first["weights"] + second["weights"] == expected["weights"]
-            assert first["weights"] == pytest.approx(expected["weights"] / 2, rel=0.05)
-        for alone, together in zip(expected["updates"], first["updates"], strict=True):
-            assert alone.keys() == together.keys()
-            for figure, value in alone.items():
-                assert together[figure] == pytest.approx(value, rel=0.02, abs=2e-3), (name, figure)
-        published = _candidate(tmp_path / name)
-        assert published.keys() == weights.keys()
-        moved = sum(_distance(start[key], weights[key]) for key in weights)
-        assert sum(_distance(published[key], weights[key]) for key in weights) < 0.2 * moved
+    _ppo(model_dir, tmp_path, LAUNCHER, *ALL_WEIGHTS)
+    _check_ppo(whole_runs["one"], tmp_path, model_dir)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    assert one.shape == other.shape
-    return float((one.float() - other.float()).square().sum())
+def test_two_processes_with_divided_models_make_the_ppo_updates_of_one(
+    whole_runs: dict[str, Path], model_dir: Path
+) -> None:
+    first, _ = _check_ppo(whole_runs["one"], whole_runs["divided"], model_dir)
+    (alone,) = _said(whole_runs["one"])
+    assert first["weights"] == pytest.approx(alone["weights"] / 2, rel=0.05)
+
+
+def test_adapters_of_divided_models_learn_as_in_one_process(model_dir: Path, tmp_path: Path) -> None:
+    for name, launcher in (("one", [sys.executable]), ("divided", DIVIDED)):
+        _ppo(model_dir, tmp_path / name, launcher, "ppo_lora_rank=4")
+    _check_ppo(tmp_path / "one", tmp_path / "divided", model_dir)
+
+
+def _check_ppo(one: Path, several: Path, model_dir: Path) -> list[Any]:
+    """Hold two processes' updates and what they publish against one process's."""
+    (expected,), (first, second) = _said(one), _said(several)
+    assert (expected["processes"], first["processes"], second["processes"]) == (1, 2, 2)
+    assert first["updates"] == second["updates"]
+    assert len(expected["updates"]) == 3
+    for alone, together in zip(expected["updates"], first["updates"], strict=True):
+        _check_update(alone, together)
+    start, weights = load_file(model_dir / "model.safetensors"), _candidate(one)
+    published = _candidate(several)
+    assert published.keys() == weights.keys()
+    assert _distance(published, weights) < 0.02 * _distance(start, weights)
+    return [first, second]
+
+
+def _check_update(alone: dict[str, float], together: dict[str, float]) -> None:
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        # Of some hundred tokens one may be on the clip's other side.
+        tolerance = 0.02 if "clipfrac" in name else 2e-3
+        assert together[name] == pytest.approx(value, rel=0.02, abs=tolerance), name
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert all(one[name].shape == value.shape for name, value in other.items())
+    return sum(float((one[name].float() - value.float()).square().sum()) for name, value in other.items())
 
 
 def test_divided_ppo_goes_on_from_its_checkpoint_in_any_number_of_processes(
-    model_dir: Path, tmp_path: Path
+    whole_runs: dict[str, Path], model_dir: Path, tmp_path: Path
 ) -> None:
-    settings = ["ppo_ema_decay=0.5", "ppo_critic=separate"]
-    whole, cut, alone = tmp_path / "whole", tmp_path / "cut", tmp_path / "alone"
-    unbroken, _ = _ppo(model_dir, whole, DIVIDED, *settings)
-    assert _ppo(model_dir, cut, DIVIDED, *settings, "--stop=3") == []
-    alone.mkdir()
-    shutil.copy(cut / "checkpoint.pt", alone)
-    resumed, _ = _ppo(model_dir, cut, DIVIDED, *settings)
+    unbroken, _ = _said(whole_runs["divided"])
+    _ppo(model_dir, tmp_path / "cut", DIVIDED, *ALL_WEIGHTS, "--stop=3")
+    assert _said(tmp_path / "cut") == []
+    shutil.copytree(tmp_path / "cut", tmp_path / "alone")
+    _ppo(model_dir, tmp_path / "cut", DIVIDED, *ALL_WEIGHTS)
+    resumed, _ = _said(tmp_path / "cut")
     assert resumed["updates"] == unbroken["updates"][2:]
-    expected, found = _candidate(whole), _candidate(cut)
+    expected, found = _candidate(whole_runs["divided"]), _candidate(tmp_path / "cut")
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    (single,) = _ppo(model_dir, alone, [sys.executable], *settings)
-    assert single["processes"] == 1
-    for figure, value in unbroken["updates"][2].items():
-        assert single["updates"][0][figure] == pytest.approx(value, rel=0.02, abs=2e-3), figure
+    _ppo(model_dir, tmp_path / "alone", [sys.executable], *ALL_WEIGHTS)
+    (single,) = _said(tmp_path / "alone")
+    assert (single["processes"], len(single["updates"])) == (1, 1)
+    _check_update(unbroken["updates"][2], single["updates"][0])
 
 
 def test_a_round_that_fails_in_several_processes_ends_them_all(tmp_path: Path) -> None:
