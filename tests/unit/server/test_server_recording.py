@@ -243,11 +243,10 @@ async def test_what_the_bound_drops_is_counted_and_told(
     task = asyncio.create_task(recorder.run())
     for number in range(300):
         recorder.record(completion(number, text="x" * 1000))
-        await asyncio.sleep(0.0005)
+        # No faster than the disk takes them: what the buffer in memory drops is not of the spool's bound.
+        await until(lambda: value(metrics, "waiting") < 50)
     await until(lambda: value(metrics, "waiting") == 0)
-    # Where the machine is slow, some find the buffer in memory full before the spool is.
-    reasons = ("spool_full", "full")
-    dropped = sum(value(metrics, "dropped_total", reason=reason) for reason in reasons)
+    dropped = value(metrics, "dropped_total", reason="spool_full")
     kept = value(metrics, "spooled")
     assert (dropped + kept, 15 < kept < 40) == (300, True)
     told = f"{kept:.0f} completions wait on disk and {dropped:.0f} completions were dropped"
@@ -255,7 +254,9 @@ async def test_what_the_bound_drops_is_counted_and_told(
     assert (tmp_path / "small.db").stat().st_size <= 60_000
     queue.away = None
     await until(lambda: len(queue.recorded) == kept)
-    assert [item.id for item in queue.recorded] == ids(range(int(kept)))
+    # In order; the last ones of them may have come after one that was a little too large.
+    numbers = [int(item.id.removeprefix("cmpl-")) for item in queue.recorded]
+    assert numbers == sorted(set(numbers))
     await until(lambda: recorder.trouble() == f"{dropped:.0f} completions were dropped")
     task.cancel()
 
