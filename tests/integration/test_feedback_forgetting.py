@@ -10,6 +10,7 @@ from feedback_samples import completion, entries, event, ranking, thumb
 from sqlalchemy.engine import Engine
 
 from feedback import tables
+from feedback.dead_letters import DeadLetters
 from feedback.forgetting import Forgettings, NotARater
 from feedback.intake import IngestCounts
 from feedback.queue import Entry
@@ -164,7 +165,7 @@ def test_nothing_comes_back(store: Store, either_database: Engine, forget: Calla
     counts = store.ingest([*late, *broken])
     assert counts == IngestCounts(forgotten=9)
     assert stored(store) == {"e4"}
-    assert store.completion("c1") == store.completion("c9") == store.dead_letters() == []
+    assert store.completion("c1") == store.completion("c9") == DeadLetters(either_database).list() == []
     store.replace_scores(2, [ResponseScore("c1", 0, 0, 1.0, 0.5), ResponseScore("c3", 0, 0, 1.0, 0.5)])
     assert [query.completion.id for query in store.queries(10)] == ["c3"]
     # What they say from now on counts: they are forgotten, not banned.
@@ -188,7 +189,9 @@ def test_what_is_kept_out_takes_the_votes_on_it_along(store: Store, forget: Call
     assert store.forgettings.get(number).counts["in_the_queue"] == 4
 
 
-def test_dead_letters_that_name_the_forgotten_go(store: Store, forget: Callable[..., int]) -> None:
+def test_dead_letters_that_name_the_forgotten_go(
+    store: Store, either_database: Engine, forget: Callable[..., int]
+) -> None:
     store.ingest(
         [
             Entry("1-1", "event", b'{"rater": "k1/r1", "feedback": broken'),
@@ -207,7 +210,7 @@ def test_dead_letters_that_name_the_forgotten_go(store: Store, forget: Callable[
         ("completion", "c1"),
     ):
         forget(kind, id)
-    assert {letter.entry_id for letter in store.dead_letters()} == {"1-3", "1-7"}
+    assert {letter.entry_id for letter in DeadLetters(either_database).list()} == {"1-3", "1-7"}
 
 
 def test_the_tombstone_comes_first_and_whoever_comes_next_erases(

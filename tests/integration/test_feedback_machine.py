@@ -258,8 +258,8 @@ class FeedbackMachine(RuleBasedStateMachine):
         data = record(*part).model_dump_json().encode()
         if kind == "newer event":
             given = self._event(said, rater, 0)
-            keys, arguments = self.queue._call(given, None)
-            self.runner.run(self.queue._script(keys=keys, args=[*arguments[:-1], NEWER]))
+            arguments = self.queue._arguments(given, None)
+            self.runner.run(self.queue._evaluate([[*arguments[:-1], NEWER]]))
             self.acknowledged[given.event_id] = given
             self.in_queue.add(given.event_id)
             return
@@ -436,12 +436,17 @@ class FeedbackMachine(RuleBasedStateMachine):
         )
 
     def _receive(self, given: Event, key: str | None, receipt: tuple[str, bool]) -> None:
-        """Note an acknowledgement; under a key that was used it must name the first event."""
-        if key is None:
+        """Note an acknowledgement; under a key it names the event for every try, the first time a new one."""
+        first = None if key is None else self.keys.get((given.key_id, key))
+        if first is not None:
+            assert receipt == (first[0], True)
+        elif key is None:
             assert receipt == (given.event_id, False)
         else:
-            first = self.keys.setdefault((given.key_id, key), (given.event_id, body_digest(given)))
-            assert receipt == (first[0], first[0] != given.event_id)
+            assert receipt[0] not in self.acknowledged
+            assert not receipt[1]
+            self.keys[given.key_id, key] = (receipt[0], body_digest(given))
+            given = given.model_copy(update={"event_id": receipt[0]})
         if not receipt[1]:
             self.acknowledged[given.event_id] = given
             self.in_queue.add(given.event_id)
