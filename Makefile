@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test fuzz lint bench bench-rm bench-ppo bench-quality fuzz-store format defaults lock clean
+.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -54,6 +54,16 @@ bench-ppo: .venv/.installed
 bench-quality: .venv/.installed
 	@echo '==> what PPO gains by a gold preference, over three seeds'
 	@$(RUN) tests.benchmarks.ppo_quality
+
+# About a quarter of an hour on two cores.
+bench-faults: .venv/.installed
+	@echo '==> feedback while every part fails in turn'
+	@$(RUN) tests.benchmarks.faults
+
+# Some minutes on two cores.
+bench-feedback: .venv/.installed
+	@echo '==> giving and storing feedback beside bare loops'
+	@$(RUN) tests.benchmarks.feedback_throughput
 
 # More and longer cases than the test has, each run other ones: about an hour and a half on two cores.
 fuzz-store: .venv/.installed
