@@ -167,4 +167,8 @@ class Event(BaseModel):
 
 def body_digest(event: Event) -> str:
     """Digest (SHA-256, hex) what the giver said: equal for a retry of a request, whatever its event id."""
-    return _digest([event.rater, event.source, event.feedback.model_dump(mode="json")])
+    said = event.feedback.model_dump_json(exclude={"context"})
+    # Only what is open to anything may come with its keys in another order.
+    context = canonical_json(event.feedback.context)
+    framed = "\0".join((event.rater, event.source, said, context))
+    return hashlib.sha256(framed.encode("utf-8", "surrogatepass")).hexdigest()

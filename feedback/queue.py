@@ -92,7 +92,6 @@ redis.call('XSETID', KEYS[1], last)
 return 1
 """
 _PIPELINE = 500
-_SENDERS = 2
 _SAVE_SECONDS = 600.0
 _TURN_SECONDS = 10.0
 _DURABLE = {
@@ -159,7 +158,7 @@ class FeedbackQueue:
         self._settings = settings
         self._durable_until = 0.0
         self._check: asyncio.Task[str | None] | None = None
-        self._grouped = Grouped(self._evaluate, limit=_PIPELINE, at_once=_SENDERS)
+        self._grouped = Grouped(self._evaluate, limit=_PIPELINE)
 
     async def submit(self, event: Event, idempotency_key: str | None = None) -> Receipt:
         """Queue one event; when it returns, Redis has it on disk.

@@ -21,7 +21,6 @@ _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
-_TOGETHER, _AT_ONCE = 500, 2
 
 ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/health", _OPEN),
@@ -128,8 +127,8 @@ class Authenticator:
     def __init__(self, keys: KeyBook, identity: Identity) -> None:
         self._keys = keys
         self._identity = identity
-        self._verify = Grouped(self._verify_all, limit=_TOGETHER, at_once=_AT_ONCE)
-        self._find = Grouped(self._find_all, limit=_TOGETHER, at_once=_AT_ONCE)
+        self._verify = Grouped(self._verify_all)
+        self._find = Grouped(self._find_all)
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Problem 401."""

@@ -45,7 +45,8 @@ def event_from(
         received_at=time.time(),
         feedback=feedback,
     )
-    _check_readable(event)
+    if feedback.context is not None:
+        _check_readable(event)
     return event
 
 
@@ -86,9 +87,8 @@ def _check_readable(event: Event) -> None:
 
 
 def open_references(feedback: Feedback, identity: Identity) -> bool:
-    """Whether it speaks of a completion whose id does not say how many choices it has."""
-    issued = [identity.issued(ref.completion_id) for ref in references(feedback)]
-    return any(found is not None and found.choices is None for found in issued)
+    """Whether it speaks of a completion whose id, which was issued, does not say how many choices it has."""
+    return not all(identity.is_counted(ref.completion_id) for ref in references(feedback))
 
 
 def check_recorded(feedback: Feedback, lookup: Lookup) -> None:

@@ -70,6 +70,10 @@ class Identity:
         choices, counted, _ = nonce.partition("x")
         return Issued(key_id, int(choices) if counted else None)
 
+    def is_counted(self, completion_id: str) -> bool:
+        """Whether a completion id that was issued says how many choices there are."""
+        return "x" in completion_id.rsplit("-", 2)[-2]
+
     def owner(self, completion_id: str) -> str | None:
         """Return the key id that a completion id was issued to; None if this server never issued it."""
         found = self.issued(completion_id)
@@ -89,7 +93,7 @@ class Identity:
 
     def _mac(self, key_id: str, nonce: str) -> str:
         message = f"{key_id}\0{nonce}".encode("utf-8", "surrogatepass")
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:12]
+        return hmac.digest(self._secret, message, "sha256").hex()[:12]
 
 
 def rater_of_key(key_id: str, rater: str | None) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -80,7 +81,7 @@ class Limits:
                     return
                 free_at, _ = await self._limiter.get_window_stats(item, name, digest)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
-            logger.warning("limits are not kept while Redis is away: %s", error or "it does not answer")
+            logger.warning("limits are not kept while Redis is away: %s", str(error) or "it does not answer")
             self._away_until = time.monotonic() + _AWAY_SECONDS
             return
         self._metrics.limited.labels(name).inc()
@@ -105,14 +106,30 @@ def redis_counters(client: redis.asyncio.Redis, prefix: str) -> RedisStorage:
         setattr(bridge, script, _NOT_LOGGED + getattr(bridge, script))
     bridge.register_scripts()
     # Requests that come at the same time are counted in one round trip.
-    counted = Grouped(partial(_count_all, client, bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW), limit=500, at_once=2)
-    bridge.lua_acquire_sliding_window = lambda keys, arguments: counted([len(keys), *keys, *arguments])
+    counted = Grouped(partial(_count_all, client, bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW))
+    bridge.lua_acquire_sliding_window = lambda keys, arguments: counted((len(keys), *keys, *arguments))
     return storage
 
 
-async def _count_all(
-    client: Any, script: str | bytes, calls: Sequence[Sequence[str | int]]
-) -> Sequence[bool | None]:
+async def _count_all(client: Any, script: str | bytes, calls: Sequence[tuple[Any, ...]]) -> list[bool]:
+    """Count in one round trip; `calls` are arguments of EVAL, of which the last is how much is taken.
+
+    What is taken of one counter is taken together, and only if that is too much, each for itself.
+    """
+    together = Counter[tuple[Any, ...]]()
+    for *counter, amount in calls:
+        together[tuple(counter)] += amount
+    taken = await _evaluate(client, script, [(*counter, amount) for counter, amount in together.items()])
+    passed = dict(zip(together, taken, strict=True))
+    answers = [bool(passed[call[:-1]]) for call in calls]
+    alone = [place for place, passes in enumerate(answers) if not passes]
+    found = await _evaluate(client, script, [calls[place] for place in alone]) if alone else []
+    for place, passes in zip(alone, found, strict=True):
+        answers[place] = bool(passes)
+    return answers
+
+
+async def _evaluate(client: Any, script: str | bytes, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     async with client.pipeline(transaction=False) as pipeline:
         for arguments in calls:
             pipeline.eval(script, *arguments)

@@ -6,6 +6,8 @@ reads its configuration as `instructloop serve` does: `python -m tests.benchmark
 
 import asyncio
 import signal
+from collections.abc import Coroutine
+from typing import Any
 
 import redis.asyncio
 import uvicorn
@@ -15,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from uvicorn.loops.auto import auto_loop_factory
 
 from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
@@ -143,5 +146,11 @@ async def listen(app: ASGIApp, port: int) -> None:
     await server.serve()
 
 
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run on the event loop that uvicorn picks, as `instructloop serve` does."""
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.run(main)
+
+
 if __name__ == "__main__":
-    asyncio.run(serve())
+    run(serve())

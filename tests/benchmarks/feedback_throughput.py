@@ -40,7 +40,7 @@ from feedback.store import Store
 from instructloop import config as configuration
 from instructloop import database, installation, redis_process
 from tests.benchmarks.fault_parts import ROOT, free_port
-from tests.benchmarks.feedback_server import generated, listen
+from tests.benchmarks.feedback_server import generated, listen, run
 
 QUEUE = QueueSettings()
 COMPLETIONS = 2000
@@ -232,7 +232,7 @@ def bare_route(port: str, redis_url: str) -> None:
         await client.xadd("bare", {"kind": "event", "data": json.dumps(event), "event": event_id})
         return JSONResponse({"event_id": event_id, "status": "queued"}, 202)
 
-    asyncio.run(listen(app, int(port)))
+    run(listen(app, int(port)))
 
 
 # -- storing

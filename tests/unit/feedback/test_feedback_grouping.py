@@ -18,11 +18,10 @@ async def yields(times: int) -> None:
 @given(
     callers=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6), min_size=1, max_size=8),
     work_takes=st.integers(0, 4),
-    at_once=st.integers(1, 3),
     limit=st.integers(1, 4),
 )
 def test_each_call_is_answered_whenever_it_comes(
-    callers: list[list[int]], work_takes: int, at_once: int, limit: int
+    callers: list[list[int]], work_takes: int, limit: int
 ) -> None:
     """Callers pause for any number of turns of the loop between calls; no turn may be the wrong one."""
     running = [0]
@@ -30,7 +29,7 @@ def test_each_call_is_answered_whenever_it_comes(
     async def double(numbers: Sequence[int]) -> list[int]:
         running[0] += 1
         assert 1 <= len(numbers) <= limit
-        assert running[0] <= at_once
+        assert running[0] == 1
         await yields(work_takes)
         running[0] -= 1
         return [2 * number for number in numbers]
@@ -41,7 +40,7 @@ def test_each_call_is_answered_whenever_it_comes(
             assert await grouped(100 * name + place) == 2 * (100 * name + place)
 
     async def all_of() -> None:
-        grouped = Grouped(double, limit=limit, at_once=at_once)
+        grouped = Grouped(double, limit=limit)
         async with asyncio.timeout(5):
             await asyncio.gather(*(call(grouped, name, pauses) for name, pauses in enumerate(callers)))
 
@@ -56,7 +55,7 @@ async def test_what_comes_meanwhile_goes_together() -> None:
         await asyncio.sleep(0.01)
         return list(numbers)
 
-    grouped = Grouped(work, limit=5, at_once=1)
+    grouped = Grouped(work, limit=5)
     first = asyncio.create_task(grouped(0))
     await asyncio.sleep(0.001)
     await asyncio.gather(first, *(grouped(number) for number in range(1, 9)))
@@ -72,7 +71,7 @@ async def test_a_failure_is_of_all_that_wait_and_of_none_that_comes_later() -> N
             raise ConnectionError("away")
         return list(numbers)
 
-    grouped = Grouped(work, limit=2, at_once=1)
+    grouped = Grouped(work, limit=2)
     found = await asyncio.gather(*(grouped(number) for number in range(7)), return_exceptions=True)
     assert [type(one) for one in found] == [ConnectionError] * 7
     fail = False
@@ -86,7 +85,7 @@ async def test_a_caller_that_gives_up_holds_up_nobody() -> None:
         await go.wait()
         return list(numbers)
 
-    grouped = Grouped(work, limit=2, at_once=1)
+    grouped = Grouped(work, limit=2)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await grouped(1)
@@ -101,4 +100,4 @@ async def test_work_that_answers_too_little_is_an_error_and_not_a_silence() -> N
 
     with pytest.raises(ValueError, match="zip"):
         async with asyncio.timeout(5):
-            await Grouped(work, limit=2, at_once=1)(1)
+            await Grouped(work, limit=2)(1)
