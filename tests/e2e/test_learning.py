@@ -66,9 +66,12 @@ def test_votes_become_a_served_version_although_the_trainer_is_killed(up: Up) ->
         assert set(versions) == {"policy-0000", "policy-0001"}
         assert versions["policy-0001"]["parent"] == "policy-0000"
 
-    for id in events:
-        receipt = _receipt(up, id)
-        assert (receipt["rounds"], receipt["versions"]) == ([1], ["policy-0001"])
+    # What is said of held-out prompts, or beyond a rater's share, teaches nothing; nor does its receipt say so.
+    receipts = [_receipt(up, id) for id in events]
+    taught = [receipt for receipt in receipts if receipt["rounds"]]
+    assert taught
+    assert all((one["rounds"], one["versions"]) == ([1], ["policy-0001"]) for one in taught)
+    assert all(one["versions"] == [] for one in receipts if not one["rounds"])
 
     completion, _ = _ask(up, "What is a lake?", n=1)
     eventually(lambda: _versions_of(up, completion) == {"policy-0001"}, 30, "answers carry the new version")
