@@ -66,7 +66,7 @@ def test_votes_become_a_served_version_although_the_trainer_is_killed(up: Up) ->
         assert set(versions) == {"policy-0000", "policy-0001"}
         assert versions["policy-0001"]["parent"] == "policy-0000"
 
-    # What is said of held-out prompts, or beyond a rater's share, teaches nothing; nor does its receipt say so.
+    # What is said of held-out prompts, or beyond a rater's share, teaches nothing, and no receipt says so.
     receipts = [_receipt(up, id) for id in events]
     taught = [receipt for receipt in receipts if receipt["rounds"]]
     assert taught
