@@ -379,18 +379,22 @@ def delete_completions(connection: Connection, ids: Collection[str]) -> None:
 
 
 def _delete_letters(connection: Connection, kind: Subject, subject: str) -> int:
-    """Delete the dead letters that name the subject: they may be anything, so it is looked for as text."""
+    """Delete the dead letters that name the subject: they may be anything, so it is looked for as text.
+
+    Of one that was given up only the names are left.
+    """
     wanted = [[subject]]
     if kind == "rater" and (user := user_of(subject)) is not None:
         wanted.append(list(user))
     elif kind == "rater" and (own := completion_of(subject)) is not None:
         wanted.append([own])
     table = tables.dead_letters
-    query = sa.select(table.c.digest, table.c.data).execution_options(yield_per=_CHUNK)
+    query = sa.select(table.c.digest, table.c.data, table.c.rater).execution_options(yield_per=_CHUNK)
     named = [
         row.digest
         for row in connection.execute(query)
-        if any(all(_stands_in(part, row.data) for part in parts) for parts in wanted)
+        if (kind == "rater" and row.rater == subject)
+        or any(all(_stands_in(part, row.data) for part in parts) for parts in wanted)
     ]
     for chunk in _chunks(named):
         connection.execute(sa.delete(table).where(table.c.digest.in_(chunk)))

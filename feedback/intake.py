@@ -21,7 +21,7 @@ from feedback.forgetting import bury_late
 from feedback.records import Completion
 from feedback.resolution import Outcome, Part, Status, resolve
 from feedback.rows import choice_rows, completion_row, event_of, event_row
-from feedback.tombstones import Tombstones, completion_names, event_names, raw_names
+from feedback.tombstones import Tombstones, completion_names, event_names, raw_names, raw_time
 
 # Bound parameters of one statement; SQLite takes 32,766, Postgres 65,535.
 _CHUNK = 500
@@ -124,7 +124,7 @@ class Intake:
         completions = tombstones.without(completions, lambda one: (completion_names(one), one.created_at))
         bury_late(self._connection, tombstones.kept_out)
         events = tombstones.without(events, lambda one: (event_names(one), one.received_at))
-        letters = tombstones.without(letters, lambda one: (raw_names(one.data), None))
+        letters = tombstones.without(letters, lambda one: (raw_names(one.data), raw_time(one.data)))
         bury_late(self._connection, tombstones.kept_out)
         if tombstones.met:
             table = tables.forgettings

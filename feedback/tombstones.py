@@ -6,6 +6,7 @@ tombstones is `forgetting`.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -65,12 +66,7 @@ def event_names(event: Event) -> list[Name]:
 
 def raw_names(data: bytes) -> list[Name]:
     """List the names in an entry that is not as it should be, as far as they can be read."""
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(fields, dict):
-        return []
+    fields = _raw_fields(data)
     said = fields.get("feedback")
     found: list[tuple[Kind, Any]] = [
         ("completion", fields.get("id")),
@@ -81,6 +77,23 @@ def raw_names(data: bytes) -> list[Name]:
     if isinstance(fields.get("key_id"), str) and isinstance(fields.get("user"), str):
         found.append(("rater", rater_of_user(fields["key_id"], fields["user"])))
     return [(kind, id) for kind, id in found if isinstance(id, str)]
+
+
+def raw_time(data: bytes) -> float | None:
+    """Return when such an entry was made, in Unix seconds; None where it does not say."""
+    fields = _raw_fields(data)
+    at = fields.get("received_at", fields.get("created_at"))
+    # NaN would be neither before nor after anything.
+    known = isinstance(at, int | float) and not isinstance(at, bool) and math.isfinite(at)
+    return float(at) if known else None
+
+
+def _raw_fields(data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from feedback.tombstones import (
     event_names,
     rater_of_user,
     raw_names,
+    raw_time,
     user_of,
 )
 from server.identity import TokenClaims, rater_of_key, rater_of_token
@@ -63,3 +64,18 @@ def test_names_of_records() -> None:
 def test_digests_tell_kinds_apart_and_take_any_text() -> None:
     assert digest(("rater", "a")) != digest(("completion", "a"))
     assert len(digest(("rater", "\ud800"))) == 64
+
+
+def test_when_an_entry_was_made_that_is_not_as_it_should_be() -> None:
+    said = {"received_at": 5.5, "created_at": 4}
+    assert raw_time(json.dumps(said).encode()) == 5.5
+    assert raw_time(b'{"created_at": 4}') == 4
+    for data in (
+        b"{",
+        b"[5]",
+        b"{}",
+        b'{"received_at": "5"}',
+        b'{"received_at": true}',
+        b'{"received_at": NaN}',
+    ):
+        assert raw_time(data) is None
