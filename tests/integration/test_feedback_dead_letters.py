@@ -333,3 +333,20 @@ def test_a_database_that_is_away_makes_no_dead_letters(either_database: Engine) 
     with pytest.raises(sa.exc.DBAPIError):
         store.ingest(entries(thumb("e2")))
     assert only(letters) == before
+
+
+def test_a_forgotten_raters_letters_go_and_what_it_says_later_is_kept(either_database: Engine) -> None:
+    now = [100.0]
+    store = Store(either_database, clock=lambda: now[0])
+    letters = DeadLetters(either_database, clock=lambda: now[0])
+    said = {name: thumb(name, rater="k1/ann", received_at=50.0) for name in ("open", "dropped", "late")}
+    bury(store, said["open"], said["dropped"], thumb("bob's", rater="k1/bob", received_at=50.0))
+    letters.drop(str(next(one.id for one in letters.list() if one.event_id == "dropped")), "noise")
+    store.forgettings.erase(store.forgettings.begin("rater", "k1/ann", actor="test"))
+    # Even of a letter that was given up, her name goes.
+    assert [one.event_id for one in letters.list(dropped=True)] == ["bob's"]
+    late = [entry(said["late"], 7), entry(thumb("later", rater="k1/ann", received_at=150.0), 8)]
+    now[0] = 200.0
+    for found in late:
+        store.ingest([Entry(found.id, "event", found.data, found.event_id, "k1", "2")])
+    assert {one.event_id for one in letters.list()} == {"bob's", "later"}
