@@ -83,9 +83,10 @@ def raw_time(data: bytes) -> float | None:
     """Return when such an entry was made, in Unix seconds; None where it does not say."""
     fields = _raw_fields(data)
     at = fields.get("received_at", fields.get("created_at"))
+    if not isinstance(at, int | float) or isinstance(at, bool):
+        return None
     # NaN would be neither before nor after anything.
-    known = isinstance(at, int | float) and not isinstance(at, bool) and math.isfinite(at)
-    return float(at) if known else None
+    return float(at) if math.isfinite(at) else None
 
 
 def _raw_fields(data: bytes) -> dict[str, Any]:
