@@ -65,7 +65,7 @@ bench-feedback: .venv/.installed
 	@echo '==> giving and storing feedback beside bare loops'
 	@$(RUN) tests.benchmarks.feedback_throughput
 
-# More and longer cases than the test has, each run other ones: about an hour and a half on two cores.
+# More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed
 	@echo '==> the queue and the store against a slow model'
 	@$(RUN) pytest -q tests/integration/test_feedback_machine.py --hypothesis-profile=fuzz
