@@ -13,20 +13,27 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from feedback.records import SCHEMA
+
 _BUSY_SECONDS = 5.0
 # auto_vacuum: what is replayed leaves the file; secure_delete: and is overwritten, for it is people's texts.
 # EXTRA: a commit is also on the disk after a power cut, when the deletion of its journal is not.
 _SETTINGS = ("auto_vacuum = FULL", "synchronous = EXTRA", "secure_delete = ON")
 # AUTOINCREMENT: no id comes twice, so that what was replayed can be told from what came later.
-_TABLE = "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY AUTOINCREMENT, data BLOB NOT NULL)"
+_TABLE = """
+CREATE TABLE IF NOT EXISTS records (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, schema TEXT NOT NULL, data BLOB NOT NULL
+)
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """A record in the spool; ids grow in the order of arrival."""
+    """A record in the spool, in version `schema` of its form; ids grow in the order of arrival."""
 
     id: int
     data: bytes
+    schema: str
 
 
 class Spool:
@@ -51,7 +58,8 @@ class Spool:
                     break
                 kept += 1
             connection.executemany(
-                "INSERT INTO records (data) VALUES (?)", [(data,) for data in records[:kept]]
+                "INSERT INTO records (schema, data) VALUES (?, ?)",
+                [(SCHEMA, data) for data in records[:kept]],
             )
         return kept
 
@@ -59,9 +67,9 @@ class Spool:
         """Return the oldest records, at most `count`, of those with an id above `after`."""
         if not self._path.exists():
             return []
-        query = "SELECT id, data FROM records WHERE id > ? ORDER BY id LIMIT ?"
+        query = "SELECT id, data, schema FROM records WHERE id > ? ORDER BY id LIMIT ?"
         with self._open() as connection:
-            return [Spooled(id, data) for id, data in connection.execute(query, (after, count))]
+            return [Spooled(*row) for row in connection.execute(query, (after, count))]
 
     def remove(self, through: int) -> None:
         """Forget the records up to and with the id `through`."""

@@ -248,10 +248,14 @@ def _up(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     import asyncio
 
+    from uvicorn.loops.auto import auto_loop_factory
+
     from instructloop import parts
 
     _log_to_stderr()
-    return asyncio.run(parts.serve(_config(arguments)))
+    # The event loop that uvicorn, and vLLM's own server, would pick: uvloop where it is installed.
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        return runner.run(parts.serve(_config(arguments)))
 
 
 def _ingest(arguments: argparse.Namespace) -> int:

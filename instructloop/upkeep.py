@@ -7,6 +7,7 @@ done again, so one that was killed or refused is simply run once more, by the ne
 import json
 import logging
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Upkeep:
             self._forgettings.step_begins(step, ids)
             try:
                 work(due)
-            except (RedisError, SQLAlchemyError, OSError) as problem:
+            except (RedisError, SQLAlchemyError, OSError, sqlite3.Error) as problem:
                 problems[step] = str(problem)
             else:
                 self._forgettings.step_done(step, ids)

@@ -11,12 +11,13 @@ import logging
 import sqlite3
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Protocol
 
 import anyio.to_thread
 
 from feedback.queue import QueueUnavailable, encoded
-from feedback.records import Completion
+from feedback.records import SCHEMA, Completion
 from feedback.spool import Spool
 from server.metrics import ServerMetrics
 
@@ -31,7 +32,7 @@ _LOOK_SECONDS = 10.0
 class CompletionQueue(Protocol):
     """Where records go: `feedback.queue.FeedbackQueue`."""
 
-    async def record_encoded(self, records: Sequence[bytes]) -> None:
+    async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
         """Queue the records; raises QueueUnavailable to be tried again later."""
 
 
@@ -144,7 +145,10 @@ class Recorder:
             if not found:
                 self._spooling.clear()
                 return False
-        await self._queue.record_encoded([record.data for record in found])
+        # What a server before an upgrade left is sent as what it is.
+        schema = found[0].schema
+        found = list(takewhile(lambda record: record.schema == schema, found))
+        await self._queue.record_encoded([record.data for record in found], schema)
         self._metrics.recorded.inc(len(found))
         self._replayed = found[-1].id
         try:

@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # Ended like by Ctrl-C: processes and mounts are cleared away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     layouts = options.layout or LAYOUTS
     found = {}
     for place, layout in enumerate(layouts):

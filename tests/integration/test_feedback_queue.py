@@ -123,6 +123,29 @@ async def test_each_event_of_a_batch_may_have_its_key(queue: FeedbackQueue, admi
     assert await queue.depth() == 3
 
 
+async def test_a_retry_is_the_same_event_though_redis_remembers_nothing(
+    queue: FeedbackQueue, admin: redis.Redis
+) -> None:
+    """A replica that takes over may lack what was not acknowledged, and ingest may have stored just that."""
+    first = await queue.submit(thumb("e1"), "key")
+    admin.flushall()
+    again = await queue.submit(thumb("e2"), "key")
+    assert (again.event_id, again.duplicate) == (first.event_id, False)
+    others = [
+        await queue.submit(thumb("e3", value="down"), "other key"),
+        await queue.submit(thumb("e4"), "other key of it"),
+        await queue.submit(thumb("e5", key_id="k2"), "key"),
+    ]
+    assert len({receipt.event_id for receipt in (first, *others)}) == 4
+
+
+async def test_a_crowd_shares_few_connections(queue: FeedbackQueue, admin: redis.Redis) -> None:
+    receipts = await asyncio.gather(*(queue.submit(thumb(f"e{i}")) for i in range(3000)))
+    assert [receipt.event_id for receipt in receipts] == [f"e{i}" for i in range(3000)]
+    assert [e.event_id for e in reader(admin, batch=3000).read(0)] == [f"e{i}" for i in range(3000)]
+    assert len(admin.client_list()) <= 4
+
+
 async def test_an_event_beyond_what_an_entry_may_be_is_refused(
     queue: FeedbackQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +181,12 @@ async def test_a_long_batch_is_whole(queue: FeedbackQueue, admin: redis.Redis) -
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("appendonly", "no"), ("appendfsync", "everysec"), ("maxmemory-policy", "allkeys-lru")],
+    [
+        ("appendonly", "no"),
+        ("appendfsync", "everysec"),
+        ("no-appendfsync-on-rewrite", "yes"),
+        ("maxmemory-policy", "allkeys-lru"),
+    ],
 )
 async def test_settings_that_lose_data_refuse_feedback(
     queue: FeedbackQueue, admin: redis.Redis, name: str, value: str

@@ -106,7 +106,9 @@ def test_a_torn_end_is_rolled_back(tmp_path: Path) -> None:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the commit
     connection.execute("BEGIN IMMEDIATE")
-    connection.executemany("INSERT INTO records (data) VALUES (?)", [(b"y" * 3000,) for _ in range(100)])
+    connection.executemany(
+        "INSERT INTO records (schema, data) VALUES ('1', ?)", [(b"y" * 3000,) for _ in range(100)]
+    )
     crashed = tmp_path / "crashed"
     crashed.mkdir()
     for name in ("spool.db", "spool.db-journal"):

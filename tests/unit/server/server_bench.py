@@ -16,7 +16,7 @@ from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
-from feedback.records import Choice, Completion
+from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.audit import AuditLog
@@ -76,7 +76,7 @@ class MemoryQueue:
         self._check()
         return receipts
 
-    async def record_encoded(self, records: Sequence[bytes]) -> None:
+    async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
         self._check()
         self.recorded += [Completion.model_validate_json(data) for data in records]
 

@@ -78,6 +78,10 @@ async def test_open_routes_need_no_key(bench: Bench) -> None:
         assert (await http.get("/health")).json() == {"status": "alive"}
         ready = await http.get("/ready")
         assert (ready.status_code, ready.json()["version"]) == (200, "policy-0000")
+        assert ready.json()["recording"] == "ok"
+        bench.recording = "3 completions wait on disk"
+        ready = await http.get("/ready")
+        assert (ready.status_code, ready.json()["recording"]) == (200, bench.recording)
         bench.queue.away = "Redis has appendonly no"
         assert (await http.get("/ready")).json()["feedback"] == "Redis has appendonly no"
         assert (await http.get("/ready")).status_code == 503

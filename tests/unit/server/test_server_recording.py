@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from server_bench import MemoryQueue
 
 from feedback.queue import encoded
-from feedback.records import Choice, Completion, WeightSpan
+from feedback.records import SCHEMA, Choice, Completion, WeightSpan
 from feedback.spool import Spool
 from server.context import Generation
 from server.metrics import ServerMetrics
@@ -221,6 +222,26 @@ async def test_what_a_dead_server_left_is_replayed_before_what_comes(
     assert [item.id for item in queue.recorded] == ids(range(30))
 
 
+async def test_records_of_another_version_are_sent_as_what_they_are(
+    recorder_for: Callable[..., Recorder], spool: Spool, tmp_path: Path
+) -> None:
+    for number, schema in enumerate("0110"):
+        spool.append([encoded(completion(number))])
+        with closing(sqlite3.connect(tmp_path / "spool.db", isolation_level=None)) as connection:
+            last = "(SELECT max(id) FROM records)"
+            connection.execute(f"UPDATE records SET schema = ? WHERE id = {last}", [schema])
+    sent: list[tuple[str, list[str]]] = []
+
+    class Noting(MemoryQueue):
+        async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
+            sent.append((schema, [Completion.model_validate_json(data).id for data in records]))
+
+    task = asyncio.create_task(recorder_for(Noting()).run())
+    await until(lambda: spool.waiting() == 0)
+    task.cancel()
+    assert sent == [("0", ["cmpl-0"]), ("1", ["cmpl-1", "cmpl-2"]), ("0", ["cmpl-3"])]
+
+
 async def test_an_idle_replica_replays_what_another_left(
     recorder_for: Callable[..., Recorder], spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +351,7 @@ async def test_flush_sends_the_rest_or_saves_it(
 class SlowQueue(MemoryQueue):
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def record_encoded(self, records: Sequence[bytes]) -> None:
+    async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
         self.started.set()
         await asyncio.sleep(3600)
 
