@@ -62,10 +62,15 @@ class Round:
     repeat_of: int | None = None
 
     def holds(self, positions: Sequence[int]) -> bool:
-        """Whether one of the positions, which are in order, lies in the slice."""
+        """Whether one of the positions, which are in order, lies in the slice or in what came back to it.
+
+        Feedback that was held back in quarantine comes back to the first round after that was lifted.
+        """
         if self.cursor is None or self.cutoff is None:
             return False
-        return bisect_right(positions, self.cursor) < bisect_right(positions, self.cutoff)
+        returned = self.config.get("standing", {}).get("returned", {})
+        spans = [(self.cursor, self.cutoff), *(span for own in returned.values() for span in own)]
+        return any(bisect_right(positions, start) < bisect_right(positions, end) for start, end in spans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,13 @@ def history(engine: sa.Engine, tmp_path: Path) -> History:
     return History(engine, tmp_path)
 
 
+def test_a_round_also_learns_from_what_a_lifted_quarantine_gives_back(history: History) -> None:
+    history.round("policy-0000", 0, 10, standing={"held": {"k/x": [[0, 10]]}, "returned": {}})
+    history.round("policy-0000", 10, 20, standing={"held": {}, "returned": {"k/x": [[2, 6]]}})
+    assert history.learned((4, None))["policy-0002"] == "round 2 learned from it"
+    assert "policy-0002" not in history.learned((8, None))
+
+
 def test_the_versions_of_its_rounds_and_their_descendants(history: History) -> None:
     history.round("policy-0000", 0, 10)
     history.round("policy-0001", 10, 20)
