@@ -113,7 +113,7 @@ def test_no_prompt_and_no_secret_is_in_a_log(served: Installation) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     logs = {name: served.log(name)[start:] for name, start in before.items()}
-    assert "wait for the queue" in logs["serve"]
+    assert "completions go to the spool" in logs["serve"]
     assert "could not be stored" in logs["ingest"]
     secrets = [made.secret, served.client_key, served.operator_key, served.rater_key, SECRET]
     secrets += [secret.rsplit("_", 1)[-1] for secret in secrets]
