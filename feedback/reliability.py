@@ -1,21 +1,22 @@
 """How far raters can be relied on: from their votes to what is known of each.
 
 Pure: no database, no model. It tells from what several raters judged, and from gold questions, how often each
-is right, who votes as one with whom, and what speaks for quarantine. What follows for a round is in
-`influence`.
+is right and what speaks for quarantine. Who votes as one with whom is told by `voices`; what follows for a
+round is in `influence`.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from feedback.raters import TIE, Units, mutual_agreement, units_of
+from feedback.raters import TIE, Units, units_of
 from feedback.settings import RaterSettings
+from feedback.voices import voices_of
 from feedback.votes import Vote, key_of
 
 Floats = NDArray[np.float64]
@@ -30,8 +31,6 @@ _KNOWN = 10
 """From so many shared verdicts on a rater helps to tell what is usual."""
 _SURE = 2.33
 """Standard deviations: one in a hundred who votes at random is taken for contrary."""
-_ALIKE, _ALIKE_COMMON, _ALIKE_CHANCE = 0.95, 20, 1e-3
-_MET = 5
 _SEVERAL = 3
 _STEPS = 200
 
@@ -101,7 +100,7 @@ def assess(
     """
     units = units_of(votes)
     decided = _Decided(units, gold, settings)
-    voices = _voices(units, decided)
+    voices = voices_of(units, decided.raters)
     usual = _PRIOR
     for _ in range(2):
         # Newcomers are expected to be as good as is usual here, which the first time tells.
@@ -283,76 +282,6 @@ def _upper_bound(share: float, n: int) -> float:
     z2 = _SURE**2
     centre = share + z2 / (2 * n)
     return (centre + _SURE * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-
-
-def _voices(units: Units, decided: _Decided) -> list[str]:
-    """Name the voice of each of `decided.raters`: those who vote as one share one.
-
-    Raters who say the same on 95 % of at least 20 common verdicts are alike. They vote as one where that is
-    more than chance, as raters usually agree here, or where others say the contrary more often than usual:
-    accounts that one hand steers look like that. Twins who are merely careful do, too, at times; they lose
-    little. A third of all raters is no ring, but an opinion.
-    """
-    said = np.bincount(decided.rater, minlength=len(decided.raters))
-    known = [rater for rater, count in zip(decided.raters, said, strict=True) if count >= _ALIKE_COMMON]
-    common, equal = mutual_agreement(units, known)
-    share = np.divide(equal, common, out=np.zeros(common.shape), where=common > 0)
-    met = share[common >= _MET]
-    usual = min(max(float(np.median(met)), 0.5), 0.99) if len(met) else 0.5
-    alike = np.triu((common >= _ALIKE_COMMON) & (share >= _ALIKE) & (share > usual), 1)
-    rings = _joined((known[a], known[b]) for a, b in np.argwhere(alike))
-    chance = math.log(_ALIKE_CHANCE / max(1, int((np.triu(common, 1) >= _ALIKE_COMMON).sum())))
-    beyond = {
-        frozenset((known[a], known[b]))
-        for a, b in np.argwhere(alike)
-        if -common[a, b] * _divergence(share[a, b], usual) < chance
-    }
-    voice = {rater: rater for rater in decided.raters}
-    for ring, (agreed, asked) in zip(rings, _seen_by_others(units, rings), strict=True):
-        contrary = asked > 0 and agreed / asked < usual
-        contrary = contrary and -asked * _divergence(agreed / asked, usual) < math.log(_ALIKE_CHANCE)
-        if len(ring) > len(known) / 3:
-            continue
-        if contrary:
-            voice |= dict.fromkeys(ring, min(ring))
-        else:
-            for part in _joined(tuple(pair) for pair in beyond if pair <= ring):
-                voice |= dict.fromkeys(part, min(part))
-    return [voice[rater] for rater in decided.raters]
-
-
-def _joined(pairs: Iterable[tuple[str, ...]]) -> list[frozenset[str]]:
-    """Return the groups that pairs connect, in the order of their first members."""
-    group: dict[str, set[str]] = {}
-    for one, other in pairs:
-        merged = group.get(one, {one}) | group.get(other, {other})
-        group |= dict.fromkeys(merged, merged)
-    return sorted({frozenset(members) for members in group.values()}, key=min)
-
-
-def _seen_by_others(units: Units, rings: Sequence[frozenset[str]]) -> list[tuple[float, float]]:
-    """Count, for each ring, the verdicts of others where two of it say the same, and those that say it, too.
-
-    Others who are in a ring together are one there.
-    """
-    ring_of = {rater: n for n, ring in enumerate(rings) for rater in ring}
-    counts = [(0.0, 0.0)] * len(rings)
-    for said in units.values():
-        voices: dict[Hashable, list[str]] = defaultdict(list)
-        for rater, label in said.items():
-            if label != TIE:
-                voices[ring_of.get(rater, rater)].append(label)
-        for n, labels in voices.items():
-            if isinstance(n, int) and len(labels) > 1 and len(set(labels)) == 1:
-                others = [own for name, own in voices.items() if name != n]
-                agreed = sum(own.count(labels[0]) / len(own) for own in others)
-                counts[n] = (counts[n][0] + agreed, counts[n][1] + len(others))
-    return counts
-
-
-def _divergence(p: float, q: float) -> float:
-    """Relative entropy of two coins, in nats."""
-    return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
 
 
 def _logit(p: Any) -> Floats:

@@ -392,10 +392,14 @@ class RoundRun:
     def _dataset(self) -> Dataset:
         assert self._round.cursor is not None and self._round.cutoff is not None
         data = slice_of(self._store, self._round.cursor, self._round.cutoff, self._standing)
-        held = self._standing.held.keys()
-        dataset = build(
-            self._allowed(data), self._tokenizer, self._settings, raters=self._raters, quarantined=held
-        )
+        allowed, held = self._allowed(data), self._standing.held.keys()
+        dataset = build(allowed, self._tokenizer, self._settings, raters=self._raters, quarantined=held)
+        kept = {event.event_id for event in allowed.events}
+        dataset.reasons |= {
+            event.event_id: "the round does without the rater"
+            for event in data.events
+            if event.event_id not in kept
+        }
         self._weights.limit_demonstrations(dataset)
         return dataset
 

@@ -3,7 +3,7 @@
 Equal work: the same model, prompts of 48 tokens, 16 responses of 48 tokens, epochs, optimiser steps and
 weights of the policy that learn. TRL cannot do without a critic as large as the policy; ours is the default
 one, a value head on the reward model. Each contender runs in a process of its own, in turn, all in one run;
-memory is that of the process with its children, shared pages counted once. Run it with `make bench-ppo`;
+memory is the resident size of the process with its children. Run it with `make bench-ppo`;
 about a quarter of an hour a turn on two cores.
 """
 
@@ -103,7 +103,7 @@ def _watch_memory(pid: int, peak: list[int], over: threading.Event) -> None:
     while not over.wait(0.2):
         try:
             process = psutil.Process(pid)
-            resident = sum(p.memory_full_info().pss for p in [process, *process.children(recursive=True)])
+            resident = sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
         except psutil.NoSuchProcess:
             continue
         peak[0] = max(peak[0], resident)

@@ -130,6 +130,55 @@ def test_accounts_that_vote_as_one_have_one_voice_and_cannot_make_the_truth() ->
     assert min(found.standings[f"k/honest{n}"].reliability for n in range(16)) > 0.4
 
 
+def test_a_ring_that_confirms_itself_where_nobody_looks_has_one_voice() -> None:
+    crowd = Crowd(300, seed=5)
+    honest(crowd, raters=40, each=20, accuracy=0.85)
+    targets = [f"own{n}" for n in range(8)]
+    crowd.truth |= dict.fromkeys(targets, "+")
+    ring = [f"k/ring{n}" for n in range(8)]
+    for rater in ring:
+        crowd.rate(rater, targets, 1.0)
+    found = crowd.assess()
+    assert found.voices() == [ring]
+    assert not found.corroborable & {vote.id for vote in crowd.votes if vote.rater in ring}
+
+
+def test_a_ring_is_found_although_it_also_votes_as_others_do() -> None:
+    crowd = Crowd(300, seed=5)
+    honest(crowd, raters=40, each=20, accuracy=0.85)
+    targets = [f"own{n}" for n in range(8)]
+    crowd.truth |= dict.fromkeys(targets, "+")
+    ring = [f"k/ring{n}" for n in range(8)]
+    for rater in ring:
+        crowd.rate(rater, [*targets, *(f"p{n}" for n in crowd.generator.sample(range(300), 20))], 1.0)
+    assert crowd.assess().voices() == [ring]
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_team_that_judges_alone_and_errs_on_its_own_is_no_ring(seed: int, single: bool) -> None:
+    """Where nearly all thumbs are up, as many of a team are, too."""
+    crowd = Crowd(300, seed)
+    if single:
+        crowd.truth = {prompt: crowd.generator.choices("+-", (9, 1))[0] for prompt in crowd.truth}
+    for number in range(40):
+        crowd.rate(f"k/honest{number}", crowd.some(20), 0.9, single)
+    team = [f"own{n}" for n in range(12)]
+    crowd.truth |= dict.fromkeys(team, "+")
+    for number in range(4):
+        crowd.rate(f"k/team{number}", team, 0.9, single)
+    assert crowd.assess().voices() == []
+
+
+def test_where_nobody_else_agrees_on_anything_unanimity_tells_nothing() -> None:
+    crowd = Crowd(400, seed=1)
+    for number in range(30):
+        crowd.rate(f"k/alone{number}", [f"p{10 * number + n}" for n in range(10)], 0.8)
+    for number in range(4):
+        crowd.rate(f"k/team{number}", [f"p{390 + n}" for n in range(10)], 1.0)
+    assert crowd.assess().voices() == []
+
+
 def test_careful_raters_who_agree_are_no_ring() -> None:
     crowd = Crowd(60, seed=6)
     for number in range(9):

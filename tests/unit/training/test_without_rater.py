@@ -11,6 +11,7 @@ from feedback.events import FEEDBACK, Event
 from feedback.queue import Entry
 from feedback.tombstones import digest
 from registry.descent import learned
+from registry.lineage import Lineage
 from registry.registry import UnknownVersion
 from registry.rounds import Round
 from training.round import RoundRefused
@@ -100,6 +101,10 @@ def test_a_round_from_before_the_rater_on_all_since_but_the_raters(installation:
     name = digest(("rater", TROLL))
     touched = [one.version for one in learned(installation.registry, installation.rounds, traces, name)]
     assert touched == [second.version]
+    lineage = Lineage(installation.engine)
+    assert lineage.learned("troll-2-0") == [second.version]
+    use = lineage.uses("troll-2-0")[-1]
+    assert (use.round_id, use.use, use.reason) == (third.id, "left_out", "the round does without the rater")
     assert base.state != "pruned"
 
 
