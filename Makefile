@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback format defaults lock clean
+.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -45,7 +45,7 @@ bench-rm: .venv/.installed
 	@echo '==> an epoch of the reward model against TRL (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.reward_model_against_trl
 
-# About a quarter of an hour on two cores.
+# About twenty minutes on two cores.
 bench-ppo: .venv/.installed
 	@echo '==> one PPO update beside stock TRL'
 	@$(RUN) tests.benchmarks.ppo_against_trl
@@ -55,7 +55,7 @@ bench-quality: .venv/.installed
 	@echo '==> what PPO gains by a gold preference, over three seeds'
 	@$(RUN) tests.benchmarks.ppo_quality
 
-# About a quarter of an hour on two cores.
+# Some minutes on two cores.
 bench-faults: .venv/.installed
 	@echo '==> feedback while every part fails in turn'
 	@$(RUN) tests.benchmarks.faults
@@ -64,6 +64,11 @@ bench-faults: .venv/.installed
 bench-feedback: .venv/.installed
 	@echo '==> giving and storing feedback beside bare loops'
 	@$(RUN) tests.benchmarks.feedback_throughput
+
+# About twenty minutes on two cores, most of them until the trunk has seen the texts.
+bench-poison: .venv/.installed
+	@echo '==> poisoned votes with the defences off and on (INSTRUCTLOOP_DATA, by default ../shared/data)'
+	@$(RUN) tests.benchmarks.poison
 
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed

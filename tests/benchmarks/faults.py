@@ -4,7 +4,7 @@ Givers send events of all four types to the real HTTP routes, each event under i
 accepted (a few give up after the first failure, many repeat what was accepted), while every part is killed,
 stopped, cut off or run out of room in turn. At the end the store is compared with what was acknowledged.
 Where vLLM stands in the product, an app answers at once and is recorded as the engine's answers are. Prints
-JSON. Run it with `make bench-faults`; about a quarter of an hour on two cores.
+JSON. Run it with `make bench-faults`; some minutes on two cores.
 """
 
 import argparse

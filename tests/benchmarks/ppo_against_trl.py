@@ -4,7 +4,7 @@ Equal work: the same model, prompts of 48 tokens, 16 responses of 48 tokens, epo
 weights of the policy that learn. TRL cannot do without a critic as large as the policy; ours is the default
 one, a value head on the reward model. Each contender runs in a process of its own, in turn, all in one run;
 memory is the resident size of the process with its children. Run it with `make bench-ppo`;
-about a quarter of an hour a turn on two cores.
+about twenty minutes a turn on two cores.
 """
 
 import argparse
