@@ -30,48 +30,54 @@ def voices_of(units: Units, raters: Sequence[str]) -> list[str]:
     A third of all raters is no ring, but an opinion.
     """
     said = Counter(rater for verdicts in units.values() for rater, label in verdicts.items() if label != TIE)
-    met = [rater for rater in raters if said[rater] >= _MET]
-    common, equal = mutual_agreement(units, met)
-    share = np.divide(equal, common, out=np.zeros(common.shape), where=common > 0)
-    alike = np.triu((common >= _MET) & (share >= _ALIKE), 1)
-    known = np.array([said[rater] >= _COMMON for rater in met], dtype=bool)
+    rings: list[frozenset[str]] = []
+    for least, find in ((_COMMON, _alike), (_MET, _unanimous)):
+        known = [rater for rater in raters if said[rater] >= least]
+        rings += find(units, known)
     voice = {rater: rater for rater in raters}
-    for ring in _unanimous(units, ((met[a], met[b]) for a, b in np.argwhere(alike))):
-        if len(ring) <= len(met) / 3:
-            voice |= dict.fromkeys(ring, min(ring))
-    seen = share[common >= _MET]
-    usual = min(max(float(np.median(seen)), 0.5), 0.99) if len(seen) else 0.5
-    alike &= (common >= _COMMON) & (share > usual)
-    rings = _joined((met[a], met[b]) for a, b in np.argwhere(alike))
-    chance = math.log(_CHANCE / max(1, int((np.triu(common, 1) >= _COMMON).sum())))
-    beyond = {
-        frozenset((met[a], met[b]))
-        for a, b in np.argwhere(alike)
-        if -common[a, b] * _divergence(share[a, b], usual) < chance
-    }
-    for ring, (agreed, asked) in zip(rings, _seen_by_others(units, rings), strict=True):
-        contrary = asked > 0 and agreed / asked < usual
-        contrary = contrary and -asked * _divergence(agreed / asked, usual) < math.log(_CHANCE)
-        if len(ring) > known.sum() / 3:
-            continue
-        parts = [ring] if contrary else _joined(tuple(pair) for pair in beyond if pair <= ring)
-        for part in parts:
-            voice |= dict.fromkeys(part, min(part))
+    # One hand may be seen in two ways.
+    for hand in _joined((min(ring), rater) for ring in rings for rater in ring):
+        voice |= dict.fromkeys(hand, min(hand))
     return [voice[rater] for rater in raters]
 
 
-def _unanimous(units: Units, pairs: Iterable[tuple[str, str]]) -> list[frozenset[str]]:
-    """Return the groups of three and more, connected by `pairs` of raters, whose unanimity is beyond chance.
+def _alike(units: Units, known: Sequence[str]) -> list[frozenset[str]]:
+    """Return the groups of those who, two by two, are alike beyond chance or against all others."""
+    common, equal = mutual_agreement(units, known)
+    share = np.divide(equal, common, out=np.zeros(common.shape), where=common > 0)
+    met = share[common >= _MET]
+    usual = min(max(float(np.median(met)), 0.5), 0.99) if len(met) else 0.5
+    alike = np.triu((common >= _COMMON) & (share >= _ALIKE) & (share > usual), 1)
+    rings = _joined((known[a], known[b]) for a, b in np.argwhere(alike))
+    chance = math.log(_CHANCE / max(1, int((np.triu(common, 1) >= _COMMON).sum())))
+    beyond = {
+        frozenset((known[a], known[b]))
+        for a, b in np.argwhere(alike)
+        if -common[a, b] * _divergence(share[a, b], usual) < chance
+    }
+    found: list[frozenset[str]] = []
+    for ring, (agreed, asked) in zip(rings, _seen_by_others(units, rings), strict=True):
+        contrary = asked > 0 and agreed / asked < usual
+        contrary = contrary and -asked * _divergence(agreed / asked, usual) < math.log(_CHANCE)
+        if len(ring) <= len(known) / 3:
+            found += [ring] if contrary else _joined(tuple(pair) for pair in beyond if pair <= ring)
+    return found
+
+
+def _unanimous(units: Units, known: Sequence[str]) -> list[frozenset[str]]:
+    """Return the groups of three and more, each of them like half of it, whose unanimity is beyond chance.
 
     Raters who are right with probability q, each on its own, agree with q^2 + (1 - q)^2; how often that is,
     all others show. m of them say the same with q^m + (1 - q)^m. Most single responses may be good, so they
     are looked at apart from pairs.
     """
-    pairs = list(pairs)
-    alike = Counter(rater for pair in pairs for rater in pair)
+    common, equal = mutual_agreement(units, known)
+    alike = np.triu((common >= _MET) & (equal >= _ALIKE * common), 1)
+    pairs = [(known[a], known[b]) for a, b in np.argwhere(alike)]
+    met = Counter(rater for pair in pairs for rater in pair)
     # Whoever is alike with few of a group is so by chance.
-    groups = [frozenset(one for one in group if 2 * alike[one] >= len(group) - 1) for group in _joined(pairs)]
-    groups = [group for group in groups if len(group) > 2]
+    groups = [frozenset(one for one in group if 2 * met[one] >= len(group) - 1) for group in _joined(pairs)]
+    groups = [group for group in groups if 2 < len(group) <= len(known) / 3]
     group_of = {rater: n for n, group in enumerate(groups) for rater in group}
     chances = [0.0] * len(groups)
     agreed, compared = [0] * len(groups), [0] * len(groups)

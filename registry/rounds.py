@@ -65,6 +65,7 @@ class Round:
         """Whether one of the positions, which are in order, lies in the slice or in what came back to it.
 
         Feedback that was held back in quarantine comes back to the first round after that was lifted.
+        Positions don't tell whose it is, so all of such a span counts: rather one too many.
         """
         if self.cursor is None or self.cutoff is None:
             return False

@@ -17,10 +17,9 @@ add 1 to 10 % of all votes:
 - `hidden ring`: the same, with every second vote an honest one on the common pairs.
 
 All success is what the attack adds to the share that a model without it has. A reward model is a linear head
-on the frozen trunk of the default model, fitted to weighted pairs: hundreds of them take minutes, where one
-fit of the trunk takes a quarter of an hour. `on` is `feedback.influence.defended` with the shipped settings,
-and what the round does beside it; the other columns say what each part does alone. Prints JSON; run it with
-`make bench-poison`.
+on the frozen trunk of the default model, fitted to weighted pairs, since there are hundreds of cases. `on` is
+`feedback.influence.defended` with the shipped settings; the other columns say what each part does alone.
+Prints JSON; run it with `make bench-poison`.
 """
 
 import argparse
@@ -61,12 +60,9 @@ PROMPTS_OF_ONE = 12
 """On so many prompts of its own a single attacker votes, however often."""
 DECAY = 0.03
 """Of the clean model's held-out accuracy at 0.001 to 1 the best is from 0.03 to 0.3."""
-EVERYONE = RaterSettings()
-OFF = RaterSettings(defend=False)
-"""No votes are weighed."""
 DEFENCES: dict[str, RaterSettings] = {
-    "off": OFF,
-    "on": EVERYONE,
+    "off": RaterSettings(defend=False),
+    "on": RaterSettings(),
     "shares alone": RaterSettings(
         newcomer_weight=1, lone_weight=1, newcomer_judgements=1e9, automatic_quarantine=False
     ),

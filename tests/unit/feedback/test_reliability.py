@@ -130,28 +130,46 @@ def test_accounts_that_vote_as_one_have_one_voice_and_cannot_make_the_truth() ->
     assert min(found.standings[f"k/honest{n}"].reliability for n in range(16)) > 0.4
 
 
-def test_a_ring_that_confirms_itself_where_nobody_looks_has_one_voice() -> None:
+@pytest.mark.parametrize("elsewhere", [0, 20])
+def test_a_ring_that_confirms_itself_where_nobody_looks_has_one_voice(elsewhere: int) -> None:
+    """Whether or not its accounts also vote as others do."""
     crowd = Crowd(300, seed=5)
     honest(crowd, raters=40, each=20, accuracy=0.85)
     targets = [f"own{n}" for n in range(8)]
-    crowd.truth |= dict.fromkeys(targets, "+")
     ring = [f"k/ring{n}" for n in range(8)]
+    for rater in ring:
+        crowd.rate(rater, crowd.some(elsewhere), 1.0)
+    crowd.truth |= dict.fromkeys(targets, "+")
     for rater in ring:
         crowd.rate(rater, targets, 1.0)
     found = crowd.assess()
     assert found.voices() == [ring]
-    assert not found.corroborable & {vote.id for vote in crowd.votes if vote.rater in ring}
+    own = {vote.id for vote in crowd.votes if vote.prompt in targets}
+    assert not own & found.corroborable
 
 
-def test_a_ring_is_found_although_it_also_votes_as_others_do() -> None:
-    crowd = Crowd(300, seed=5)
-    honest(crowd, raters=40, each=20, accuracy=0.85)
-    targets = [f"own{n}" for n in range(8)]
-    crowd.truth |= dict.fromkeys(targets, "+")
-    ring = [f"k/ring{n}" for n in range(8)]
-    for rater in ring:
-        crowd.rate(rater, [*targets, *(f"p{n}" for n in crowd.generator.sample(range(300), 20))], 1.0)
-    assert crowd.assess().voices() == [ring]
+def test_a_ring_that_is_seen_in_two_ways_has_one_voice() -> None:
+    """Three of it have enough in common to be told by that alone."""
+    crowd = Crowd(120, seed=5)
+    honest(crowd, raters=40, each=40, accuracy=0.85)
+    for first, prompts in ((0, 8), (5, 60)):
+        own = [f"own{first}-{n}" for n in range(prompts)]
+        crowd.truth |= dict.fromkeys(own, "+")
+        for number in range(first, 8):
+            crowd.rate(f"k/ring{number}", own, 1.0)
+    assert crowd.assess().voices() == [[f"k/ring{n}" for n in range(8)]]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_careful_team_among_careful_raters_is_no_ring(single: bool) -> None:
+    crowd = Crowd(300, seed=2)
+    for number in range(40):
+        crowd.rate(f"k/honest{number}", crowd.some(20), 0.99, single)
+    team = [f"own{n}" for n in range(12)]
+    crowd.truth |= dict.fromkeys(team, "+")
+    for number in range(4):
+        crowd.rate(f"k/team{number}", team, 1.0, single)
+    assert crowd.assess().voices() == []
 
 
 @pytest.mark.parametrize("single", [False, True])
