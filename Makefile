@@ -65,7 +65,7 @@ bench-feedback: .venv/.installed
 	@echo '==> giving and storing feedback beside bare loops'
 	@$(RUN) tests.benchmarks.feedback_throughput
 
-# About twenty minutes on two cores, most of them until the trunk has seen the texts.
+# About a quarter of an hour on two cores, most of it until the trunk has seen the texts.
 bench-poison: .venv/.installed
 	@echo '==> poisoned votes with the defences off and on (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.poison
