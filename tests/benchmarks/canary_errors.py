@@ -160,7 +160,7 @@ def _errors(
 
 
 def _quantiles(votes: NDArray[np.int64]) -> dict[str, float]:
-    """Return the votes after which half and nine tenths of the runs were decided; `until` + 1: not by then."""
+    """Return after how many votes half and nine tenths of the runs were decided; `until` + 1: not by then."""
     return {"half": float(np.quantile(votes, 0.5)), "nine_tenths": float(np.quantile(votes, 0.9))}
 
 
