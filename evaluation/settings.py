@@ -1,6 +1,11 @@
 """The settings of how a candidate is compared with the version in service; read by training and the gate."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+ConditionName = Literal["decided prompts", "win rate", "KL"]
+"""The gate's conditions."""
 
 
 class EvaluationSettings(BaseModel):
@@ -37,4 +42,8 @@ class EvaluationSettings(BaseModel):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="The confidence level of all intervals.")
     resamples: int = Field(
         2000, ge=200, description="How many bootstrap resamples an interval is computed from."
+    )
+    report_only: list[ConditionName] = Field(
+        default_factory=list,
+        description="Conditions of the gate that are reported but refuse no candidate.",
     )
