@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evaluation.comparison import Interval, win_rate
+from evaluation.overoptimisation import Watch
 from evaluation.settings import ConditionName, EvaluationSettings
 
 
@@ -41,7 +42,8 @@ class Evidence:
     """What the gate decides on. An interval is None where fewer than two prompts speak for it.
 
     `kl` is the candidate's mean KL from the version in service in nats a response, None when not measured;
-    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall.
+    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. What is measured
+    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch.
     """
 
     judge: Interval | None
@@ -51,6 +53,7 @@ class Evidence:
     prompts: int
     comparisons: int
     decided_prompts: int
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +225,29 @@ def _within_budget(evidence: Evidence, settings: EvaluationSettings) -> Found:
     return passed, f"{text}, {'within' if passed else 'over'} the budget of {settings.kl_budget:g}.", figures
 
 
+def _not_over_optimised(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
+    watch = evidence.watch
+    if watch is None:
+        return None
+    gains = (
+        f"From the SFT policy on, the proxy (the reward that was maximised) moved by {_gain(watch.proxy)} "
+        f"and gold (the judge that nobody was trained on) by {_gain(watch.gold)}"
+    )
+    figures = {"proxy_gain": watch.proxy.figures(), "gold_gain": watch.gold.figures()}
+    if watch.over_optimised:
+        return False, f"{gains}: gold fell while the proxy rose, which is over-optimisation.", figures
+    return True, f"{gains}: it is not so that the proxy rose while gold fell beyond its interval.", figures
+
+
+def _gain(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
 CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found | None]] = {
     "decided prompts": _enough,
     "win rate": _better,
     "KL": _within_budget,
+    "gold against proxy": _not_over_optimised,
 }
 """The gate's conditions, in the order in which a person reads them; one that returns None does not apply."""
 
@@ -233,6 +255,13 @@ CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found |
 def _remarks(evidence: Evidence) -> list[str]:
     """Say what each source alone says; the verdict rests on both together."""
     remarks = []
+    if evidence.watch is not None and evidence.watch.checkpoints > 1:
+        kind = "held-out" if evidence.watch.held_out else "training"
+        remarks.append(
+            f"It is the checkpoint after update {evidence.watch.update}, chosen among "
+            f"{evidence.watch.checkpoints} by the gold judge on {evidence.watch.prompts} {kind} prompts; the "
+            "win rate is from none of those, so the choice does not flatter it."
+        )
     if evidence.judge is not None:
         remarks.append(f"By the held-out reward model alone the win rate is {evidence.judge}.")
     if evidence.checks is not None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ConditionName = Literal["decided prompts", "win rate", "KL"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "gold against proxy"]
 """The gate's conditions."""
 
 
