@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from evaluation import tax
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
@@ -28,7 +29,7 @@ from evaluation.settings import EvaluationSettings
 from feedback.records import Completion
 from feedback.store import ResponseScore, Slice, Store
 from feedback.tombstones import digest
-from registry.registry import Registry
+from registry.registry import Registry, Version
 from registry.rounds import Round, Rounds
 from training import processes
 from training.algorithms import Task, train
@@ -384,9 +385,24 @@ class RoundRun:
         comparisons = compare(RewardModel.load(self._directory / "judge"), prompts, ours, theirs)
         kl = kl_from(load_policy(incumbent.path), prompts, ours, self._evaluation.temperature)
         evidence = gather(comparisons, kl, self._evaluation, seed=seed)
-        evidence = replace(evidence, watch=watch_of(self._result("checkpoints")))
-        verdict = decide(evidence, self._evaluation)
+        watch = watch_of(self._result("checkpoints"))
+        verdict = decide(
+            replace(evidence, watch=watch, tax=self._tax(candidate, incumbent)), self._evaluation
+        )
         return {**verdict.as_dict(), "incumbent": incumbent.name}
+
+    def _tax(self, candidate: Version, incumbent: Version) -> tuple[tax.Change, ...] | None:
+        """Measure what the candidate loses on benchmarks; None where none are configured."""
+        if not self._evaluation.tax_tasks:
+            return None
+        return tax.changes(
+            self._engine,
+            self._tokenizer,
+            self._registry,
+            candidate=candidate,
+            incumbent=incumbent,
+            settings=self._evaluation,
+        )
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing.
