@@ -363,7 +363,7 @@ def test_the_checkpoint_that_gold_likes_best_is_published(
     def remember(watching: Watching, candidates: Mapping[int, Path], report: Callable[[Point], None]) -> Any:
         for update, directory in candidates.items():
             offered[update] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-        best, points = choose(watching, candidates, report)
+        _, points = choose(watching, candidates, report)
         placed.extend(points)
         # As if the judge had liked the first one best.
         return points[0], points
