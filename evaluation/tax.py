@@ -8,6 +8,7 @@ when something is measured.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,8 @@ def change(before: Result, after: Result, *, confidence: float = 0.95, resamples
     """Compare two results of one task; raises TaxProblem where they are not of the same items."""
     if (before.metric, before.digest) != (after.metric, after.digest):
         raise TaxProblem(f"{after.task}: the results are not of the same items, so they can't be compared")
+    if len(after.right) < 2:
+        raise TaxProblem(f"{after.task}: no interval of a change can be told from fewer than two items")
     difference = paired_difference(
         [str(item) for item in range(len(after.right))],
         before.right,
@@ -94,27 +97,46 @@ def change(before: Result, after: Result, *, confidence: float = 0.95, resamples
     return Change(after.task, after.metric, before.score().estimate, after.score().estimate, difference)
 
 
-def measure(model: "LM", tasks: Sequence[str], limit: int | None) -> list[Result]:
-    """Let `model` answer the first `limit` items (None: all) of each of `tasks`.
+def find(tasks: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return the name of each of `tasks` beside the lm_eval `TaskManager` that knows it.
 
     An entry is a name that lm_eval knows (of a group all tasks, as one result), or a directory of task
     definitions, of which each is a result. Raises TaxProblem.
     """
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - takes seconds to import
-
-    results = []
+    found: list[tuple[str, Any]] = []
     for entry in tasks:
         if Path(entry).is_dir():
-            manager = TaskManager(include_path=entry, include_defaults=False)
-            names = manager.all_subtasks
-            if not names:
+            manager = _tasks_in(entry)
+            if not manager.all_subtasks:
                 raise TaxProblem(f"{entry}: there is no task definition in this directory")
+            found += [(name, manager) for name in manager.all_subtasks]
+        elif entry in _known_tasks().all_tasks:
+            found.append((entry, _known_tasks()))
         else:
-            manager, names = TaskManager(), [entry]
-            if entry not in manager.all_tasks:
-                raise TaxProblem(f"{entry!r} is neither a task of lm-evaluation-harness nor a directory")
-        results += [_measure(model, name, manager, limit) for name in names]
-    return results
+            raise TaxProblem(f"{entry!r} is neither a task of lm-evaluation-harness nor a directory")
+    return found
+
+
+def measure(model: "LM", tasks: Sequence[str], limit: int | None) -> list[Result]:
+    """Let `model` answer the first `limit` items (None: all) of each of `tasks`, which `find` understands.
+
+    Raises TaxProblem.
+    """
+    return [_measure(model, name, manager, limit) for name, manager in find(tasks)]
+
+
+def _tasks_in(directory: str) -> Any:
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - takes seconds to import
+
+    return TaskManager(include_path=directory, include_defaults=False)
+
+
+@cache
+def _known_tasks() -> Any:
+    """Return lm_eval's own tasks; reading all their definitions takes many seconds."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    return TaskManager()
 
 
 def _measure(model: "LM", name: str, manager: Any, limit: int | None) -> Result:

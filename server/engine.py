@@ -62,13 +62,10 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncLLM's; what is yielded is recorded once it is finished, cut off or failed.
-
-        A request that only scores its prompt is no answer, and is not recorded.
-        """
+        """As AsyncLLM's; what is yielded is recorded once it is finished, cut off or failed."""
         generation = GENERATION.get()
         part = generation.part(request_id) if generation is not None else None
-        if generation is None or part is None or _scores_its_prompt(sampling_params):
+        if generation is None or part is None:
             outputs: AsyncGenerator[RequestOutput, None] = super().generate(
                 prompt, sampling_params, request_id, **kwargs
             )
@@ -136,14 +133,6 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
         except Exception:
             logger.exception("a completion could not be recorded")
             self._recorder.lost()
-
-
-def _scores_its_prompt(params: SamplingParams) -> bool:
-    """Whether a request asks how likely its own prompt is, as benchmarks do, by the thousand.
-
-    It generates one token because an engine has to; nobody reads it, and raters are not to be asked about it.
-    """
-    return params.prompt_logprobs is not None and params.max_tokens == 1
 
 
 def _strip_logprobs(output: RequestOutput) -> None:

@@ -197,6 +197,10 @@ class RoundRun:
                 check_backbone(self._settings.reward_backbone, self._tokenizer)
             except (ValueError, OSError) as problem:
                 raise RoundRefused(f"reward_backbone: {problem}") from problem
+        try:
+            tax.find(self._evaluation.tax_tasks)
+        except tax.TaxProblem as problem:
+            raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
         self._rounds.record_uses(self._round.id, data.uses(self._settings))
         return {
             "train": data.train.counts(),
@@ -322,8 +326,9 @@ class RoundRun:
             sft=self._directory / "sft",
             proxy=self._directory / "reward_model",
             gold=self._directory / "judge",
+            # Fewer prompts than asked for are answered more often.
             responses=min(
-                -(-self._settings.ppo_selection_prompts // len(prompts)), self._evaluation.samples_per_prompt
+                self._settings.ppo_selection_prompts // len(prompts), self._evaluation.samples_per_prompt
             ),
             settings=self._evaluation,
             seed=self._settings.seed,
@@ -395,14 +400,17 @@ class RoundRun:
         """Measure what the candidate loses on benchmarks; None where none are configured."""
         if not self._evaluation.tax_tasks:
             return None
-        return tax.changes(
-            self._engine,
-            self._tokenizer,
-            self._registry,
-            candidate=candidate,
-            incumbent=incumbent,
-            settings=self._evaluation,
-        )
+        try:
+            return tax.changes(
+                self._engine,
+                self._tokenizer,
+                self._registry,
+                candidate=candidate,
+                incumbent=incumbent,
+                settings=self._evaluation,
+            )
+        except tax.TaxProblem as problem:
+            raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing.

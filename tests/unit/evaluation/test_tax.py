@@ -77,7 +77,7 @@ def greedy(model_dir: Path, text: str) -> str:
         if ids[-1] == tokenizer.eos_token_id:
             break
     answer = tokenizer.decode(ids[len(tokenizer.encode(text)) :], skip_special_tokens=True)
-    return answer.split("w7")[0]
+    return str(answer).split("w7")[0]
 
 
 def test_batched_likelihoods_are_those_of_the_obvious_way(directory: Path) -> None:
