@@ -1,6 +1,11 @@
 """The settings of how a candidate is compared with the version in service; read by training and the gate."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+ConditionName = Literal["decided prompts", "win rate", "KL", "gold against proxy", "tax"]
+"""The gate's conditions."""
 
 
 class EvaluationSettings(BaseModel):
@@ -37,4 +42,22 @@ class EvaluationSettings(BaseModel):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="The confidence level of all intervals.")
     resamples: int = Field(
         2000, ge=200, description="How many bootstrap resamples an interval is computed from."
+    )
+    tax_tasks: list[str] = Field(
+        default_factory=list,
+        description="Benchmarks on which candidates may not lose: names of lm-evaluation-harness, or "
+        "directories of task definitions; none if empty.",
+    )
+    tax_limit: int = Field(
+        400, ge=0, description="How many items of each benchmark are asked, the first ones; 0 asks all."
+    )
+    tax_bound: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="The gate refuses unless the interval rules out that a benchmark's score fell by more.",
+    )
+    report_only: list[ConditionName] = Field(
+        default_factory=list,
+        description="Conditions of the gate that are reported but refuse no candidate.",
     )
