@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.checks import share_satisfied
 from evaluation.comparison import outcome
 from evaluation.gate import Comparison
+from evaluation.judges import checked
 from evaluation.reward_model import RewardModel, score_responses
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
@@ -59,10 +59,6 @@ def compare(
         prompts, candidate, incumbent, score_responses(judge, items), strict=True
     ):
         for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            checked = None
-            if prompt.checks:
-                checked = outcome(
-                    share_satisfied(prompt.checks, our.text), share_satisfied(prompt.checks, their.text)
-                )
-            comparisons.append(Comparison(prompt.key, outcome(scores[i], scores[len(ours) + i]), checked))
+            by_checks = checked(prompt.checks, our.text, their.text)
+            comparisons.append(Comparison(prompt.key, outcome(scores[i], scores[len(ours) + i]), by_checks))
     return comparisons

@@ -1,0 +1,119 @@
+"""Judges: each says of two answers to one prompt which is the better, all behind one protocol.
+
+Owns the protocol and the judges that need nothing but this process: reward models and program checks. The
+judges that ask somebody are in `endpoint_judge` and `people_judge`; what follows from verdicts is elsewhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.checks import share_satisfied
+from evaluation.comparison import outcome
+from evaluation.reward_model import RewardModel, score_responses
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """What is asked, as text: `key` names it, `messages` are role and content, `checks` what programs check.
+
+    A prompt that is no chat is one message of the user's.
+    """
+
+    key: str
+    messages: tuple[Mapping[str, str], ...]
+    checks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, as text."""
+
+    prompt: ChatPrompt
+    first: str
+    second: str
+
+    @property
+    def swapped(self) -> "Pair":
+        """The same two answers in the other order."""
+        return Pair(self.prompt, self.second, self.first)
+
+
+class Judge(Protocol):
+    """Anything that tells the better of two answers.
+
+    `axis` says by what: `overall`, `helpful`, `honest`, `harmless`, `attempts`, `constraints` or
+    `truthful`. `agreement` holds how often the judge agreed with people, as `evaluation.agreement.kept` gives
+    it, by data set; None where nobody measured it. It is to be stated beside the judge's verdicts.
+    """
+
+    name: str
+    axis: str
+    agreement: Mapping[str, Any] | None
+
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """1 where the first answer wins, 0 where the second does, 0.5 for a tie, None for no verdict."""
+
+
+class RewardModelJudge:
+    """The answer that a reward model scores higher wins; its `name` should say which model it is.
+
+    Prompts keep their last `prompt_tokens`, answers their first `response_tokens`, as in training. An answer
+    ends with the end-of-turn token, as one that its author ended.
+    """
+
+    axis = "overall"
+
+    def __init__(
+        self,
+        name: str,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_tokens: int = 1024,
+        response_tokens: int = 1024,
+        agreement: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.agreement = agreement
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompt_tokens = prompt_tokens
+        self._response_tokens = response_tokens
+
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """Score both answers in one row with their prompt."""
+        items = [(self._prompt(p.prompt), [self._answer(p.first), self._answer(p.second)]) for p in pairs]
+        return [outcome(first, second) for first, second in score_responses(self._model, items)]
+
+    def _prompt(self, prompt: ChatPrompt) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            [dict(message) for message in prompt.messages], add_generation_prompt=True, return_dict=False
+        )
+        return ids[-self._prompt_tokens :]
+
+    def _answer(self, text: str) -> list[int]:
+        ids = [*self._tokenizer(text, add_special_tokens=False).input_ids, self._tokenizer.eos_token_id]
+        return ids[: self._response_tokens]
+
+
+class ChecksJudge:
+    """The answer that meets more of its prompt's checks wins; there is no verdict where a prompt has none."""
+
+    name = "checks"
+    axis = "constraints"
+    # A program does not err about what it checks, so there is nothing to measure with people.
+    agreement: Mapping[str, Any] | None = None
+
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """Compare the shares of the checks that are met. Raises BadCheck."""
+        return [checked(pair.prompt.checks, pair.first, pair.second) for pair in pairs]
+
+
+def checked(checks: Sequence[Mapping[str, Any]], first: str, second: str) -> float | None:
+    """Return the first text's outcome by the share of `checks` that each meets; None without checks."""
+    if not checks:
+        return None
+    return outcome(share_satisfied(checks, first), share_satisfied(checks, second))
