@@ -20,8 +20,9 @@ Turns = Sequence[tuple[Mapping[str, str], Mapping[str, str]]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: its text, its length in the contestant's own tokens (None where it says nothing of that),
-    and whether it ended by itself (`stop`) or was cut off (`length`).
+    """One answer; it ended by itself (`stop`) or was cut off (`length`).
+
+    `tokens` is its length in the contestant's own tokens, None where it says nothing of that.
     """
 
     text: str
@@ -94,7 +95,8 @@ class VersionContestant:
         self._examples = examples
         if self._prompt_tokens < 1:
             raise ValueError(
-                f"max_tokens: {sampling.max_tokens} leaves no room for a prompt in the engine's {max_model_len}"
+                f"max_tokens: {sampling.max_tokens} leaves no room for a prompt: both together have at "
+                f"most {max_model_len} (server.max_model_len)"
             )
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_dir))
 
@@ -140,7 +142,10 @@ class EndpointContestant:
         self._sampling = sampling
 
     def answer(self, prompts: Sequence[ChatPrompt], seed: int) -> list[list[Answer]]:
-        """Ask; whether the same seed gives the same answers is the endpoint's affair. Raises EndpointProblem."""
+        """Ask; whether a seed gives the same answers again is the endpoint's affair.
+
+        Raises EndpointProblem.
+        """
         n = self._sampling.n
         bodies = [
             {

@@ -76,7 +76,9 @@ class Endpoint:
                 self._sleep(min(wait, _LONGEST_WAIT_SECONDS))
             wait = _FIRST_WAIT_SECONDS * 2**attempt * random.uniform(1.0, 1.5)  # not all at once again
             try:
-                response = self._client.post(f"{self.url}/chat/completions", json={"model": self.model, **body})
+                response = self._client.post(
+                    f"{self.url}/chat/completions", json={"model": self.model, **body}
+                )
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue

@@ -46,7 +46,7 @@ class EvaluationFiles:
         return _kept(self.directory / "answers" / f"{contestant:02d}-{batch:05d}.json", make)
 
     def verdicts(self, judge: int, pair: tuple[int, int], batch: int, make: Callable[[], Any]) -> Any:
-        """Return a judge's verdicts on two contestants' answers to a batch, made now if they are not there."""
+        """Return a judge's verdicts on the answers of a pair to a batch, made now if they are not there."""
         first, second = pair
         name = f"{judge:02d}-{first:02d}-{second:02d}-{batch:05d}.json"
         return _kept(self.directory / "verdicts" / name, make)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 _EXAMPLES = (
     (
         "Name three things that help against the heat at night.",
-        "1. A fan that blows towards an open window.\n2. Thin cotton sheets.\n3. Shutters that stay closed all day.",
+        "1. A fan that blows towards an open window.\n2. Thin cotton sheets.\n"
+        "3. Shutters that stay closed all day.",
     ),
     (
         'Make this sentence more polite: "Send me the figures today."',
