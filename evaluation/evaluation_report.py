@@ -13,6 +13,8 @@ from registry.evaluations import Evaluation
 
 SHOWN_PROMPTS = 12
 _LONGEST_LABEL = 48
+Bar = tuple[str, float, float, float]
+"""A label, an estimate and the bounds of its interval."""
 
 
 def evaluation_report(evaluation: Evaluation, files: EvaluationFiles) -> Report:
@@ -85,7 +87,7 @@ def _add_pairs(report: Report, pairs: Sequence[Mapping[str, Any]]) -> None:
             )
             for pair in pairs
         ],
-        caption="A tie counts half. Intervals are over prompts, since answers to one prompt are not independent.",
+        caption="A tie counts half. Intervals are over prompts: answers to one prompt are not independent.",
     )
     if rated:
         rows = [
@@ -164,11 +166,12 @@ def _add_samples(report: Report, evaluation: Evaluation, files: EvaluationFiles)
         report.samples(names, rows)
 
 
-def _short(rows: Sequence[tuple[str, float, float, float]]) -> list[tuple[str, float, float, float]]:
+def _short(rows: Sequence[Bar]) -> list[Bar]:
+    """Cut labels that would leave no room for the plot."""
     return [
-        (label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…", *numbers)
-        for label, *numbers in rows
-    ]  # type: ignore[misc]
+        (name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…", estimate, low, high)
+        for name, estimate, low, high in rows
+    ]
 
 
 def _span(low: float, high: float) -> str:

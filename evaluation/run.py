@@ -38,6 +38,7 @@ from evaluation.settings import EvaluationSettings
 from evaluation.tournament import Answers, Duel, figures
 from feedback.privacy import PrivacyFilter
 from feedback.store import Store
+from feedback.tombstones import Name
 from registry.evaluation_request import Contestant as ContestantChoice
 from registry.evaluation_request import EvaluationRequest, JudgeChoice, UnsuitableRequest, reward_model_of
 from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
@@ -111,6 +112,13 @@ class Evaluator:
         with self._lock():
             return self._carry_out(make())
 
+    def needed(self) -> tuple[set[str], set[int]]:
+        """Return the versions that evaluations still wait for, and the rounds whose reward models they do."""
+        asked = [evaluation.asked for evaluation in self._evaluations.unfinished()]
+        versions = {one.version for request in asked for one in request.contestants if one.version}
+        rounds = {one.round for request in asked for one in request.judges if one.round}
+        return versions, rounds
+
     def _carry_out(self, evaluation_id: int) -> Evaluation:
         evaluation = self._evaluations.begin(evaluation_id)
         try:
@@ -159,6 +167,7 @@ class EvaluationRun:
         self._files = EvaluationFiles(evaluation_directory(equipment.data_dir, evaluation.id))
         self._engine = SharedEngine(equipment.make_sampler)
         self._endpoints: list[Endpoint] = []
+        self._completion_ids: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Return the result as plain JSON. Raises CannotEvaluate, EndpointProblem, FileProblem."""
@@ -206,9 +215,11 @@ class EvaluationRun:
     def _prompts(self) -> list[ChatPrompt]:
         """Return the prompts that were chosen, or choose them; not those that were forgotten since."""
         kept = self._files.prompts()
+        self._completion_ids = self._files.completion_ids()
         if kept is None or self._forgotten():
             kept = self._choose()
             self._files.choose(kept)
+        self._completion_ids = self._files.completion_ids()
         return [ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"])) for one in kept]
 
     def _choose(self) -> list[dict[str, Any]]:
@@ -228,8 +239,8 @@ class EvaluationRun:
         return found
 
     def _forgotten(self) -> bool:
-        ids = self._files.completion_ids()
-        return bool(self._equipment.store.forgettings.among([("completion", id) for id in ids]))
+        names: list[Name] = [("completion", id) for id in self._completion_ids]
+        return bool(self._equipment.store.forgettings.among(names))
 
     def _refuse_what_was_forgotten(self) -> None:
         if self._forgotten():

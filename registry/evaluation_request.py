@@ -35,7 +35,10 @@ class _Asked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str | None = Field(
-        None, max_length=500, pattern=r"^https?://[^\s#]+$", description="An endpoint's base URL, with /v1"
+        None,
+        max_length=500,  # Keys come from the environment: what stands here is kept and shown.
+        pattern=r"^https?://[^\s#@?]+$",
+        description="An endpoint's base URL, with /v1",
     )
     model: str | None = Field(None, min_length=1, max_length=200, description="The model's name there")
     key_variable: str | None = Field(
@@ -154,7 +157,9 @@ class EvaluationRequest(BaseModel):
         description=f"A JSON-lines file of prompts, or `{HELD_OUT}`: those of the store",
     )
     judges: list[Annotated[JudgeChoice, BeforeValidator(_judge)]] = Field(
-        min_length=1, max_length=16, description="Who judges"
+        [],
+        max_length=16,
+        description="Who judges; unset: the prompts' checks, and the last round's reward model if it is kept",
     )
     n: int = Field(1, ge=1, le=16, description="How many answers each contestant gives to a prompt")
     max_tokens: int = Field(256, ge=1, le=100_000, description="The longest answer, in tokens")
@@ -188,7 +193,12 @@ def resolve(request: EvaluationRequest, registry: Registry, data_dir: Path) -> E
     Raises UnsuitableRequest naming the field.
     """
     contestants = [_known(one, i, registry) for i, one in enumerate(request.contestants)]
-    judges = [_kept(one, i, data_dir) for i, one in enumerate(request.judges)]
+    kept = _kept_rounds(data_dir)
+    chosen = request.judges or [
+        JudgeChoice(kind="checks"),
+        *([JudgeChoice(kind="reward-model")] if kept else []),
+    ]
+    judges = [_kept(one, i, kept) for i, one in enumerate(chosen)]
     if request.files and not Path(request.prompts).is_file():
         raise UnsuitableRequest("prompts", f"there is no file {request.prompts}")
     try:
@@ -218,15 +228,16 @@ def _known(contestant: Contestant, index: int, registry: Registry) -> Contestant
     return contestant.model_copy(update={"version": name})
 
 
-def _kept(judge: JudgeChoice, index: int, data_dir: Path) -> JudgeChoice:
+def _kept_rounds(data_dir: Path) -> list[int]:
+    """Return the rounds whose held-out side's reward model is kept, oldest first."""
+    found = (path.parent.parent.name for path in (data_dir / "rounds").glob("*/judge/head.safetensors"))
+    return sorted(int(name) for name in found if re.fullmatch(r"[0-9]+", name))
+
+
+def _kept(judge: JudgeChoice, index: int, kept: list[int]) -> JudgeChoice:
     field = f"judges.{index}"
     if judge.kind != "reward-model":
         return judge
-    kept = sorted(
-        int(path.parent.parent.name)
-        for path in (data_dir / "rounds").glob("*/judge/head.safetensors")
-        if re.fullmatch(r"\d+", path.parent.parent.name)
-    )
     if not kept:
         raise UnsuitableRequest(field, "no round has left a reward model yet")
     if judge.round is not None and judge.round not in kept:

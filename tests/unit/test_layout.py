@@ -86,7 +86,8 @@ def test_there_is_no_drawer_module() -> None:
 
 def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
-    named += ["evaluation.round_report", "training.samples"]  # a server makes a round's page
+    # A server makes the pages of rounds and evaluations.
+    named += ["evaluation.round_report", "training.samples", "evaluation.evaluation_report"]
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
@@ -98,6 +99,7 @@ def light_modules() -> list[str]:
         "installation",
         "doctor",
         "dead_letters",
+        "evaluations",
         "lineage",
         "listings",
         "raters",
