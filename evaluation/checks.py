@@ -1,8 +1,9 @@
 """Constraints on a response that a program can check, such as "no commas" or "at most two sentences".
 
 Owns the kinds of checks and what each means for a text. A check is plain JSON such as
-`{"kind": "max_words", "n": 20}` and rides on feedback as `context: {"checks": [...]}`. Whether a response is
-any good beyond its constraints is for the judges.
+`{"kind": "max_words", "n": 20}` and rides on feedback as `context: {"checks": [...]}`. IFEval's instruction
+kinds, whose names have a colon, are checks too (`evaluation.ifeval`). Whether a response is any good beyond
+its constraints is for the judges.
 """
 
 import json
@@ -10,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from evaluation import ifeval
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _BULLET = re.compile(r"\s*[-*•]\s+\S")
@@ -167,6 +170,8 @@ _OPTIONAL: Mapping[str, Mapping[str, Literal["count", "text", "words"]]] = {
 def validate(check: Mapping[str, Any]) -> Kind:
     """Return the kind of a check; raises BadCheck naming the field that is wrong."""
     name = check.get("kind")
+    if isinstance(name, str) and ":" in name:
+        return _instruction(check)
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise BadCheck(f"kind: {name!r} is none of {', '.join(sorted(KINDS))}")
@@ -181,6 +186,15 @@ def validate(check: Mapping[str, Any]) -> Kind:
         elif field in kind.parameters:
             raise BadCheck(f"{field}: {name} needs it")
     return kind
+
+
+def _instruction(check: Mapping[str, Any]) -> Kind:
+    """Return the kind of an instruction of IFEval's."""
+    try:
+        ifeval.validate(check)
+    except ifeval.BadInstruction as error:
+        raise BadCheck(str(error)) from error
+    return Kind({}, "follows an instruction of IFEval's", lambda text, check: ifeval.follows(check, text))
 
 
 _FORMS = {
@@ -205,9 +219,11 @@ def _has_form(value: Any, form: Literal["count", "text", "words"]) -> bool:
 
 
 def satisfied(check: Mapping[str, Any], text: str) -> bool:
-    """Whether `text` meets the check; a degenerate text meets none. Raises BadCheck."""
+    """Whether `text` meets the check; a degenerate text meets none of our own kinds. Raises BadCheck."""
     kind = validate(check)
-    return not degenerate(text) and kind.holds(text, check)
+    # About IFEval's kinds the verdict is IFEval's, which only refuses a blank text.
+    of_ifeval = ":" in check["kind"]
+    return (of_ifeval or not degenerate(text)) and kind.holds(text, check)
 
 
 def share_satisfied(checks: Sequence[Mapping[str, Any]], text: str) -> float:
