@@ -12,6 +12,10 @@ from evaluation.round_report import flat
 from registry.evaluations import Evaluation
 
 SHOWN_PROMPTS = 12
+_LEADERBOARDS = {
+    "plain": "Leaderboard (Bradley–Terry)",
+    "controlled": "Leaderboard with length and markdown held equal",
+}
 _LONGEST_LABEL = 48
 Bar = tuple[str, float, float, float]
 """A label, an estimate and the bounds of its interval."""
@@ -58,17 +62,24 @@ def _add_tables(report: Report, result: Mapping[str, Any]) -> None:
 
 
 def _add_leaderboards(report: Report, table: Mapping[str, Any]) -> None:
-    for board in table.get("leaderboards", ()):
-        rows = [
-            (entry["name"], *(entry[key] for key in ("estimate", "low", "high")))
-            for entry in board["entries"]
-        ]
-        report.intervals(board["caption"], _short(rows), x_label=board["unit"])
+    """Add the ratings; of two contestants they say no more than the win rate."""
+    for kind, caption in _LEADERBOARDS.items():
+        board = table["leaderboards"].get(kind)
+        if board is None:
+            continue
+        ratings = [(one["contestant"], one["rank"], _bounds(one["rating"])) for one in board["ratings"]]
+        report.intervals(caption, _short([(name, *bounds) for name, _, bounds in ratings]), x_label="rating")
         report.table(
-            ["contestant", board["unit"], "interval"], [(n, e, _span(lo, hi)) for n, e, lo, hi in rows]
+            ["contestant", "rank", "rating", "interval"],
+            [(name, rank, estimate, _span(low, high)) for name, rank, (estimate, low, high) in ratings],
+            caption="A rank is 1 more than the number of who is surely better; 400 points are odds of 10 to 1.",
         )
-        if board.get("covariates"):
-            report.table(["what else decides", "weight"], flat(board["covariates"]))
+        if board["style"]:
+            report.table(
+                ["what else wins", "rating points a standard deviation"],
+                flat(board["style"]),
+                caption="What it is worth to be longer, or to have more markdown, than the other answer.",
+            )
 
 
 def _add_pairs(report: Report, pairs: Sequence[Mapping[str, Any]]) -> None:
@@ -90,13 +101,7 @@ def _add_pairs(report: Report, pairs: Sequence[Mapping[str, Any]]) -> None:
         caption="A tie counts half. Intervals are over prompts: answers to one prompt are not independent.",
     )
     if rated:
-        rows = [
-            (
-                f"{pair['first']} over {pair['second']}",
-                *(pair["win_rate"][key] for key in ("estimate", "low", "high")),
-            )
-            for pair in rated
-        ]
+        rows = [(f"{pair['first']} over {pair['second']}", *_bounds(pair["win_rate"])) for pair in rated]
         report.intervals(
             "Win rates with their intervals", _short(rows), x_label="win rate", limits=(0, 1), reference=0.5
         )
@@ -172,6 +177,10 @@ def _short(rows: Sequence[Bar]) -> list[Bar]:
         (name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…", estimate, low, high)
         for name, estimate, low, high in rows
     ]
+
+
+def _bounds(interval: Mapping[str, float]) -> tuple[float, float, float]:
+    return interval["estimate"], interval["low"], interval["high"]
 
 
 def _span(low: float, high: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.checks import BadCheck, validate
+from evaluation.ifeval import checks_of
 from evaluation.judges import ChatPrompt
 from feedback.privacy import PrivacyFilter
 from feedback.records import Completion, prompt_hash
@@ -28,6 +29,8 @@ def is_held_out(key: str, share: float) -> bool:
 
 def read_chats(path: Path) -> Iterator[ChatPrompt]:
     """Read JSON lines, `{"prompt": "…"}` (a user's turn) or `{"messages": […]}`, with or without `checks`.
+
+    IFEval's own form of checks (`instruction_id_list` and `kwargs`) will do, too.
 
     A prompt's key is `file:` and its line. Raises FileProblem.
     """
@@ -119,8 +122,13 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ..
 
 
 def _checks(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    checks = row.get("checks", [])
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+    try:
+        checks = checks_of(row) if "instruction_id_list" in row else row.get("checks", [])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise FileProblem(
+            f'{where}: "instruction_id_list" and "kwargs" have to be lists of one length'
+        ) from None
+    if not isinstance(checks, list | tuple) or not all(isinstance(check, dict) for check in checks):
         raise FileProblem(f'{where}: "checks" has to be a list of objects')
     for check in checks:
         try:
