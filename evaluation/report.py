@@ -160,6 +160,36 @@ class Report:
             axes.legend()
         self._figure(figure, caption)
 
+    def intervals(
+        self,
+        caption: str,
+        rows: Sequence[tuple[str, float, float, float]],
+        *,
+        x_label: str,
+        limits: tuple[float, float] | None = None,
+        reference: float | None = None,
+    ) -> None:
+        """Add estimates with their intervals, (label, estimate, low, high), one below the other.
+
+        A dashed line stands at `reference`, such as the win rate of two that are alike.
+        """
+        figure = Figure(figsize=(8, 0.9 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        places = range(len(rows))
+        for place, (_, estimate, low, high) in zip(places, rows, strict=True):
+            axes.plot([low, high], [place, place], color="tab:blue", linewidth=2)
+            axes.plot(estimate, place, "o", color="tab:blue")
+        if reference is not None:
+            axes.axvline(reference, color="grey", linestyle="--", linewidth=1)
+        axes.set_yticks(places, [label for label, *_ in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3, axis="x")
+        if limits is not None:
+            axes.set_xlim(*limits)
+        self._figure(figure, caption)
+
     def metrics(self, metrics: Iterable[MetricLike]) -> None:
         """Add all figures of a round: a plot for each that has several steps, the others in a table."""
         stages: dict[str, dict[str, dict[int, float | None]]] = {}

@@ -93,6 +93,9 @@ def _add_stages(report: Report, record: RoundRecord) -> None:
             # The gate's result is the verdict, and the watch's is on its plane.
             if stage.result and stage.name != "gate" and "points" not in stage.result:
                 report.table(["result", "value"], _flat(stage.result), caption=stage.name)
+            # The gate's result is the verdict.
+            if stage.result and stage.name != "gate":
+                report.table(["result", "value"], flat(stage.result), caption=stage.name)
 
 
 def _add_plane(report: Report, record: RoundRecord) -> None:
@@ -183,14 +186,15 @@ def _add_samples(report: Report, samples: Samples) -> None:
         report.samples([f"update {update}", "score"], rows)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return a tree of results as rows of a name and a value; intervals become one text."""
     rows: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and set(_INTERVAL) <= value.keys():
             numbers = ["–" if value[name] is None else f"{value[name]:.3f}" for name in _INTERVAL]
             rows.append((f"{prefix}{key}", "{} [{}, {}]".format(*numbers)))
         elif isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key} ")
+            rows += flat(value, f"{prefix}{key} ")
         else:
             rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value))
     return rows

@@ -5,6 +5,7 @@ training round makes of a slice is the round's affair. The database must be migr
 """
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -183,6 +184,34 @@ class Store:
         with self._reader.connect() as connection:
             return _parts(connection, [(row.id, row.part) for row in connection.execute(query)])
 
+    def prompts(self, wanted: Callable[[str], bool], limit: int) -> list[Completion]:
+        """List the latest record of each of the latest `limit` prompts whose hash is `wanted`, newest first.
+
+        Prompts of which only the tokens were recorded are left out.
+        """
+        columns = tables.completions.c
+        latest = sa.func.max(columns.created_at)
+        written = sa.or_(columns.messages.is_not(None), columns.prompt.is_not(None))
+        query = sa.select(columns.prompt_hash).where(written).group_by(columns.prompt_hash)
+        query = query.order_by(latest.desc(), columns.prompt_hash).execution_options(yield_per=_CHUNK)
+        with self._reader.connect() as connection:
+            hashes = connection.execute(query).scalars()
+            found = list(itertools.islice(filter(wanted, hashes), limit))
+        with self._reader.connect() as connection:
+            return _parts(connection, [_latest(connection, one, written) for one in found])
+
+    def events_on(self, prompt_hash: str) -> list[StoredEvent]:
+        """List the events that judge answers to one prompt, in the order in which they were received."""
+        events, targets, completions = tables.events, tables.event_targets, tables.completions
+        on_it = sa.select(targets.c.event_id).join(completions, completions.c.id == targets.c.completion_id)
+        query = (
+            sa.select(events)
+            .where(events.c.event_id.in_(on_it.where(completions.c.prompt_hash == prompt_hash)))
+            .order_by(events.c.received_at, events.c.event_id)
+        )
+        with self._reader.connect() as connection:
+            return [_stored(row) for row in connection.execute(query)]
+
     def gold_completions(self) -> list[Completion]:
         """List the records of the completions that gold questions are about."""
         ids = {ref.completion_id for item in self.raters.gold() for ref in references(item.event.feedback)}
@@ -287,6 +316,14 @@ def _parts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> list[Co
     found = _completions(connection, sorted({id for id, _ in wanted}))
     by_part = {(id, part.part): part for id, parts in found.items() for part in parts}
     return [by_part[one] for one in wanted if one in by_part]
+
+
+def _latest(connection: Connection, prompt_hash: str, written: sa.ColumnElement[bool]) -> tuple[str, int]:
+    """Return id and part of the last completion of a prompt."""
+    columns = tables.completions.c
+    query = sa.select(columns.id, columns.part).where(columns.prompt_hash == prompt_hash, written)
+    row = connection.execute(query.order_by(columns.created_at.desc(), columns.id).limit(1)).one()
+    return row.id, row.part
 
 
 def _scored(

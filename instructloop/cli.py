@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, canary, dead_letters, forget, lineage, raters, rounds, tax
+from instructloop import access, canary, dead_letters, evaluations, forget, lineage, raters, rounds, tax
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -26,6 +26,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
     ("evaluation.tax", "TaxProblem"),
+    ("evaluation.run", "EvaluationBusy"),
     ("feedback.dead_letters", "StillBroken"),
     ("feedback.dead_letters", "UnknownLetter"),
     ("feedback.keys", "RevokedKey"),
@@ -39,11 +40,15 @@ _EXPECTED = (
     ("instructloop.config", "ConfigProblem"),
     ("instructloop.database", "UnsupportedDatabase"),
     ("instructloop.demo", "DemoProblem"),
+    ("instructloop.evaluations", "BadEvaluation"),
     ("instructloop.installation", "InstallationProblem"),
     ("instructloop.model", "ModelProblem"),
     ("instructloop.parts", "PartProblem"),
     ("instructloop.redis_process", "RedisProblem"),
     ("instructloop.supervisor", "SupervisorProblem"),
+    ("registry.evaluation_request", "UnsuitableRequest"),
+    ("registry.evaluations", "EvaluationConflict"),
+    ("registry.evaluations", "UnknownEvaluation"),
     ("registry.manifest", "BrokenVersion"),
     ("registry.registry", "UnknownVersion"),
     ("registry.rounds", "RoundConflict"),
@@ -134,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     canary.add_to(add)
     rounds.add_to(
         add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
+    )
+    evaluations.add_to(add("evaluate", _evaluate, "let contestants answer and judges compare them, now"))
+    evaluations.add_listing_to(
+        add("evaluations", evaluations.listing, "list, show and report the evaluations")
     )
     lineage.add_to(add("lineage", lineage.show, "show the feedback behind a version, or what came of it"))
     dead_letters.add_to(
@@ -284,6 +293,12 @@ def _train(arguments: argparse.Namespace) -> int:
         _exit_on_terminate()
         return parts.train_once(config, minimum_events=arguments.min_events or 0)
     return parts.train_every(config, arguments.every, minimum, _stop_on_signals(interrupt=True))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    _log_to_stderr()
+    _exit_on_terminate()
+    return evaluations.evaluate(arguments)
 
 
 def _compare_algorithms(arguments: argparse.Namespace) -> int:

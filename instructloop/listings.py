@@ -1,4 +1,4 @@
-"""What the command line lists: versions, rounds, raters, keys and actions as rows of text, a header first."""
+"""What the command line lists: versions, rounds, evaluations, raters and so on as rows, a header first."""
 
 import json
 import time
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from feedback.rater_records import Gold, RaterLogEntry
     from registry.audit import AuditEntry
     from registry.registry import Registry, Version
+    from registry.evaluations import Evaluation
+    from registry.registry import Registry
     from registry.round_record import Difference, RoundRecord
     from registry.rounds import Rounds
 
@@ -134,6 +136,45 @@ def differences(found: "Sequence[Difference]", old: str, new: str) -> Rows:
     """List what differs between two rounds; values that are too wide for a line are cut."""
     rows: Rows = [("PART", "NAME", old, new)]
     rows += [(item.section, item.name, _cut(item.old), _cut(item.new)) for item in found]
+    return rows
+
+
+def evaluations(found: "Sequence[Evaluation]") -> Rows:
+    """Every evaluation with who took part and how far it is."""
+    rows: Rows = [("NUMBER", "STATE", "DONE", "STARTED", "CONTESTANTS", "PROMPTS", "BY", "ERROR")]
+    for one in found:
+        rows.append(
+            (
+                str(one.id),
+                one.state,
+                f"{one.done / one.total:.0%}" if one.total else "-",
+                _when(one.started_at),
+                _cut(", ".join(contestant.name for contestant in one.asked.contestants)),
+                _cut(one.asked.prompts),
+                one.requested_by,
+                _cut(one.error or ""),
+            )
+        )
+    return rows
+
+
+def win_rates(result: "Mapping[str, Any]") -> Rows:
+    """Every pair of contestants by every judge."""
+    rows: Rows = [("JUDGE", "BY", "FIRST", "SECOND", "FIRST WINS", "TIES", "VERDICTS")]
+    for table in result["tables"]:
+        for pair in table["pairs"]:
+            rate = pair["win_rate"]
+            rows.append(
+                (
+                    table["name"],
+                    table["axis"],
+                    pair["first"],
+                    pair["second"],
+                    "-" if rate is None else "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**rate),
+                    str(pair["ties"]),
+                    str(pair["verdicts"]),
+                )
+            )
     return rows
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import sqlalchemy
 
     from evaluation.report import Report
+    from evaluation.run import Evaluator
+    from registry.evaluations import Evaluation, Evaluations
 
 
 _UPKEEP_END_SECONDS = 5.0
@@ -58,6 +60,7 @@ async def serve(config: Config) -> int:
             waiting_hours=config.store.waiting_hours,
             round_report=lambda number: round_report(config, engine, number).html(),
             trial_report=canary.open_canary(config, engine).report,
+            evaluation_report=lambda number: evaluation_report(config, engine, number).html(),
             raters=config.raters,
         )
     finally:
@@ -81,6 +84,24 @@ def round_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "R
 
     record = read_record(Rounds(engine), installation.open_registry(config, engine), number)
     return make(record, SampleLog(config.data_dir / "rounds" / f"{number:04d}").read())
+
+
+def evaluation_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "Report":
+    """Make the report of one evaluation, as far as it is; raises UnknownEvaluation."""
+    from evaluation.evaluation_files import EvaluationFiles, evaluation_directory
+    from evaluation.evaluation_report import evaluation_report as make
+    from registry.evaluations import Evaluations
+
+    files = EvaluationFiles(evaluation_directory(config.data_dir, number))
+    return make(Evaluations(engine).get(number), files)
+
+
+def evaluate(config: Config, make: "Callable[[Evaluations], int]") -> "Evaluation":
+    """Carry out the evaluation whose number `make` returns, once no other one is under way."""
+    from registry.evaluations import Evaluations
+
+    engine = installation.open_database(config)
+    return _evaluator(config, engine).carry_out(lambda: make(Evaluations(engine)))
 
 
 def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
@@ -263,6 +284,31 @@ def _progress(what: str) -> Callable[[int], None]:
     return show
 
 
+def _evaluator(config: Config, engine: "sqlalchemy.Engine") -> "Evaluator":
+    from evaluation.run import Equipment, Evaluator
+    from feedback.privacy import PrivacyFilter
+    from feedback.store import Store
+    from registry.evaluations import Evaluations
+    from training.trainer import sampler_factory
+
+    training, max_model_len = config.training, config.server.max_model_len
+    start = sampler_factory(max_model_len)
+    return Evaluator(
+        Equipment(
+            evaluations=Evaluations(engine),
+            registry=installation.open_registry(config, engine),
+            store=Store(engine, config.store.waiting_hours),
+            data_dir=config.data_dir,
+            settings=config.evaluation,
+            make_sampler=lambda model_dir: start(model_dir, training),
+            max_model_len=max_model_len,
+            held_out_share=training.held_out_share,
+            reward_tokens=(training.prompt_tokens, training.response_tokens),
+            privacy=PrivacyFilter(training.privacy_phone_regions) if training.privacy_filter else None,
+        )
+    )
+
+
 def _trainer(config: Config):  # type: ignore[no-untyped-def]
     from feedback.store import Store
     from registry.rounds import Rounds
@@ -278,4 +324,5 @@ def _trainer(config: Config):  # type: ignore[no-untyped-def]
         data_dir=config.data_dir,
         max_model_len=config.server.max_model_len,
         raters=config.raters,
+        evaluator=_evaluator(config, engine),
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from evaluation.evaluation_files import EvaluationFiles, evaluation_directory
 from feedback.forgetting import Forgetting, Forgettings, Step
 from feedback.records import Completion
 from feedback.retention import expire
@@ -25,6 +26,7 @@ from feedback.store import Store
 from feedback.tables import METADATA
 from feedback.tombstones import digest
 from instructloop.database import compact
+from registry.evaluations import Evaluations
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -96,7 +98,7 @@ class Upkeep:
         return problems
 
     def expire(self, stop: threading.Event) -> int:
-        """Delete completions past `store.retention_days` in batches, and samples of rounds that old."""
+        """Delete completions past `store.retention_days` in batches, and rounds' and evaluations' texts."""
         days = self._config.store.retention_days
         if days is None:
             return 0
@@ -107,6 +109,9 @@ class Upkeep:
         for round_ in Rounds(self._engine).list(limit=1_000_000):
             if round_.ended_at is not None and round_.ended_at < before:
                 self._samples(round_.id).delete()
+        for evaluation in Evaluations(self._engine).list(limit=1_000_000):
+            if evaluation.ended_at is not None and evaluation.ended_at < before:
+                self._evaluation(evaluation.id).delete_texts()
         if count:
             _LOG.info("%d completions and dead letters were past %g days and are deleted", count, days)
             if time.monotonic() >= self._compact_at:
@@ -140,8 +145,15 @@ class Upkeep:
             return False  # ingest will make a dead letter of it
 
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
-        """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes."""
+        """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes.
+
+        Of evaluations, the texts of those that ask such prompts.
+        """
         rounds = Rounds(self._engine)
+        for evaluation in Evaluations(self._engine).list(limit=1_000_000):
+            files = self._evaluation(evaluation.id)
+            if self._forgettings.among([("completion", id) for id in files.completion_ids()]):
+                files.delete_texts()
         for forgetting in forgettings:
             for round_ in rounds.over(self._forgettings.positions(forgetting.id)):
                 self._samples(round_.id).delete()
@@ -170,6 +182,9 @@ class Upkeep:
 
     def _samples(self, number: int) -> SampleLog:
         return SampleLog(self._config.data_dir / "rounds" / f"{number:04d}")
+
+    def _evaluation(self, number: int) -> EvaluationFiles:
+        return EvaluationFiles(evaluation_directory(self._config.data_dir, number))
 
     def _compact(self) -> None:
         compact(self._engine, METADATA.tables)

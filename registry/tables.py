@@ -1,7 +1,7 @@
-"""The registry's tables: the version log, the audit log, the replicas' reports, the rounds and their figures.
+"""The registry's tables: versions' and audit log, replicas' reports, rounds with their figures, evaluations.
 
-Owns the columns only. Rows are written by `registry.registry`, `registry.audit` and `registry.rounds`,
-the tables by migrations. What a version is made of stands on disk, beside its weights, not here.
+Owns the columns only. Rows are written by `registry.registry`, `audit`, `rounds` and `evaluations`, the
+tables by migrations. What a version is made of stands on disk, beside its weights, not here.
 """
 
 import sqlalchemy as sa
@@ -123,4 +123,22 @@ ROUND_EVENTS = sa.Table(
     sa.Column("event_id", sa.Text, primary_key=True, index=True),
     sa.Column("use", sa.String(20), nullable=False),
     sa.Column("reason", sa.Text),
+)
+
+EVALUATIONS = sa.Table(
+    "evaluations",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(20), nullable=False, index=True),
+    sa.Column("request", sa.JSON, nullable=False),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("error", sa.Text),
+    sa.Column("requested_by", sa.String(200), nullable=False),
+    sa.Column("requested_at", sa.Float, nullable=False),
+    sa.Column("started_at", sa.Float),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("step", sa.String(200)),
+    sa.Column("done", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("total", sa.Integer, nullable=False, server_default="0"),
 )

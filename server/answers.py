@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field
 
 from registry.audit import AuditEntry
 from registry.registry import Manifest, Replica, Trial
+from registry.evaluations import Evaluation
+from registry.registry import Manifest, Replica
 from registry.rounds import Metric, Round
 from registry.states import State
 
@@ -223,6 +225,19 @@ class RoundDetail(BaseModel):
     seconds: dict[str, float | None]
     results: dict[str, Any]
     metrics: list[Metric]
+
+
+class EvaluationList(BaseModel):
+    """Evaluations, newest first."""
+
+    evaluations: list[Evaluation]
+
+
+class EvaluationRequested(BaseModel):
+    """The evaluation that was asked for."""
+
+    id: int
+    state: Literal["requested"]
 
 
 class Audit(BaseModel):

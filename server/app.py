@@ -32,6 +32,7 @@ from feedback.settings import RaterSettings
 from feedback.spool import Spool
 from feedback.store import Store
 from registry.audit import AuditLog
+from registry.evaluations import Evaluations
 from registry.lineage import Lineage
 from registry.registry import BrokenVersion, Registry, Replica, Version
 from registry.rounds import Rounds
@@ -45,6 +46,7 @@ from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
 from server.routes_dead_letters import DeadLetterRoutes
+from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
@@ -80,12 +82,14 @@ async def serve(
     waiting_hours: float,
     round_report: Callable[[int], str],
     trial_report: Callable[[], dict[str, Any]],
+    evaluation_report: Callable[[int], str],
     raters: RaterSettings,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
     `round_report` makes the page about a round and `trial_report` tells of the trial, for operators.
+    `round_report` and `evaluation_report` make the pages about a round and an evaluation, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -155,6 +159,13 @@ async def serve(
                 round_report=round_report,
             ).router(),
             TrialRoutes(registry=registry, audit=audit, report=trial_report).router(),
+            EvaluationRoutes(
+                evaluations=Evaluations(database),
+                registry=registry,
+                audit=audit,
+                data_dir=versions.parent,
+                report=evaluation_report,
+            ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
         ]

@@ -145,6 +145,7 @@ class OperatorRoutes:
         # Responses of models stand in it: escaped, and with nothing that a browser would run or fetch.
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
+        return page(await _known(self._round_report, round_id))
 
     async def audit(
         self,
@@ -195,6 +196,13 @@ class OperatorRoutes:
 def actor(caller: Caller) -> str:
     """Return who acts, as logs name it: by the id of the key, since anybody may have its name."""
     return f"key {caller.key_id} ({caller.name})"[:200]
+
+
+def page(html: str) -> Response:
+    """Answer with a report."""
+    # Responses of models stand in it: escaped, and with nothing that a browser would run or fetch.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
 def progress(replicas: list[Replica], name: str, *, now: float) -> Literal["served", "failed", "pending"]:

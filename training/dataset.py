@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
+from evaluation.prompts import is_held_out
 from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
 from feedback.privacy import PrivacyFilter
@@ -135,12 +136,6 @@ class Dataset:
             else:
                 use = "left_out"
         return uses + [EventUse(item.event_id, use, reason) for item in self.train.demonstrations]
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a prompt belongs to the held-out side: the same in every round, whatever else is asked."""
-    digest = hashlib.sha256(f"held-out:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def is_held_out_rater(rater: str, settings: RaterSettings) -> bool:

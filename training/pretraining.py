@@ -1,18 +1,16 @@
 """Files that a round may be given beside its slice: the pretraining mix of PPO (PPO-ptx), and prompts."""
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
+from evaluation.prompts import FileProblem, read_chats, read_rows
 
-
-class FileProblem(ValueError):  # noqa: N818
-    """A file of texts or prompts can't be used; the message names the file, the line and the field."""
+__all__ = ["FileProblem", "PretrainingTexts", "in_passes", "read_prompts"]
 
 
 class PretrainingTexts:
@@ -23,7 +21,7 @@ class PretrainingTexts:
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
         self._pieces = []
-        for number, row in _rows(path):
+        for number, row in read_rows(path):
             text = row.get("text")
             if not isinstance(text, str):
                 raise FileProblem(f'{path}, line {number}: "text" has to be a string')
@@ -43,14 +41,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
     Longer ones lose their beginning beyond `tokens`. Raises FileProblem.
     """
     prompts = []
-    for number, row in _rows(path):
-        messages = row.get("messages")
-        if messages is None and isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
-            raise FileProblem(f'{path}, line {number}: "prompt" (a string) or "messages" (a list) is missing')
+    for chat in read_chats(path):
+        messages = [dict(message) for message in chat.messages]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        prompts.append(Prompt(f"file:{number}", list(ids)[-tokens:]))
+        prompts.append(Prompt(chat.key, list(ids)[-tokens:]))
     return prompts
 
 
@@ -66,20 +60,3 @@ def in_passes(items: Sequence[Any], start: int, count: int, seed: int) -> list[A
         random.Random(f"{seed}:{sweep}").shuffle(order)
         chosen.append(items[order[index]])
     return chosen
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise FileProblem(f"{path}, line {number}: not a JSON object")
-                    yield number, row
-    except OSError as problem:
-        raise FileProblem(f"{path} can't be read: {problem.strerror}") from problem
-    except ValueError as problem:
-        if isinstance(problem, FileProblem):
-            raise
-        raise FileProblem(f"{path} is not JSON lines in UTF-8: {problem}") from problem

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from evaluation.run import Evaluator
 from evaluation.sampler import Sampler, TransformersSampler, VllmSampler
 from evaluation.settings import EvaluationSettings
 from feedback.settings import RaterSettings
@@ -63,7 +64,8 @@ class Trainer:
     """Runs rounds, one at a time, on the store and the registry it is given.
 
     `data_dir` holds `rounds/NNNN/` with a round's working files, and the lock; `make_sampler` starts the
-    engine for rollouts and held-out answers.
+    engine for rollouts and held-out answers. `evaluator` carries out what operators want compared, between
+    rounds.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Trainer:
         max_model_len: int,
         make_sampler: SamplerFactory | None = None,
         raters: RaterSettings | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self._settings = settings
         self._evaluation = evaluation
@@ -87,6 +90,7 @@ class Trainer:
         self._rounds = rounds
         self._root = data_dir / "rounds"
         self._make_sampler = make_sampler or sampler_factory(max_model_len)
+        self._evaluator = evaluator
 
     def run_once(self, minimum_events: int = 0) -> Round | None:
         """Finish the round that a killed trainer left, else run one on all feedback since the last.
@@ -144,6 +148,7 @@ class Trainer:
     def run_every(self, seconds: float, minimum_events: int, stop: threading.Event) -> None:
         """Run a round whenever one is asked for, and every `seconds` where enough events have come.
 
+        Evaluations that are asked for are carried out in between, one at a time.
         Holds the lock until `stop` is set; raises TrainerBusy at once if another trainer has it.
         """
         with self._lock():
@@ -156,6 +161,8 @@ class Trainer:
                 elif time.monotonic() >= due:
                     due = time.monotonic() + seconds
                     self._run_once(minimum_events)
+                elif self._evaluator is not None:
+                    self._evaluator.carry_out_next()
 
     def _run_once(self, minimum_events: int) -> Round | None:
         round_ = self._rounds.unfinished()
@@ -329,8 +336,10 @@ class Trainer:
             number for round_ in pinned for number in (round_.id, round_.config.get("reward_model_from"))
         }
         newest = [round_.id for round_ in self._rounds.list(self._settings.keep_rounds)]
-        tidy(self._root, keep_models={*needed, *newest, last.id if last else None})
+        versions, judges = (set(), set()) if self._evaluator is None else self._evaluator.needed()
+        tidy(self._root, keep_models={*needed, *newest, *judges, last.id if last else None})
         spare = {name for round_ in pinned for name in (round_.version, round_.config.get("parent"))}
+        spare |= versions
         for name in self._registry.prune(self._settings.keep_versions, spare - {None}):
             logger.info("%s: its weights are deleted, its manifest is kept", name)
 

@@ -25,6 +25,7 @@ from feedback.store import ResponseScore, Store
 from instructloop.canary import Canary
 from instructloop.database import connect, migrate
 from registry.audit import AuditLog
+from registry.evaluations import Evaluations
 from registry.lineage import Lineage
 from registry.registry import Registry, Replica
 from registry.rounds import Rounds
@@ -35,6 +36,7 @@ from server.identity import Identity, TokenClaims
 from server.limits import Limits, redis_counters
 from server.metrics import ServerMetrics
 from server.routes_dead_letters import DeadLetterRoutes
+from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
@@ -131,6 +133,12 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     registry=registry,
                     audit=audit,
                     report=Canary(database, registry, RolloutSettings()).report,
+                EvaluationRoutes(
+                    evaluations=Evaluations(database),
+                    registry=registry,
+                    audit=audit,
+                    data_dir=directory,
+                    report=lambda number: f"<h1>Evaluation {Evaluations(database).get(number).id}</h1>",
                 ).router(),
                 LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
                 DeadLetterRoutes(dead_letters, audit).router(),

@@ -88,6 +88,8 @@ def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
     # A server makes a round's page and tells of the trial.
     named += ["evaluation.round_report", "evaluation.canary", "training.samples"]
+    # A server makes the pages of rounds and evaluations.
+    named += ["evaluation.round_report", "training.samples", "evaluation.evaluation_report"]
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
@@ -100,6 +102,7 @@ def light_modules() -> list[str]:
         "installation",
         "doctor",
         "dead_letters",
+        "evaluations",
         "lineage",
         "listings",
         "raters",

@@ -50,7 +50,7 @@ def publish(registry: Registry, tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def bench(database: sa.Engine, registry: Registry, metrics: ServerMetrics) -> Bench:
+def bench(database: sa.Engine, registry: Registry, metrics: ServerMetrics, tmp_path: Path) -> Bench:
     roles = {"client": "client", "other": "client", "rater": "rater", "operator": "operator"}
     made = {who: Keys(database).create(role, who) for who, role in roles.items()}  # type: ignore[arg-type]
     return Bench(
@@ -63,4 +63,5 @@ def bench(database: sa.Engine, registry: Registry, metrics: ServerMetrics) -> Be
         metrics=metrics,
         keys={who: key.secret for who, key in made.items()},
         key_ids={who: key.id for who, key in made.items()},
+        data_dir=tmp_path,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from feedback.settings import RaterSettings
 from feedback.store import Store
 from instructloop.canary import Canary
 from registry.audit import AuditLog
+from registry.evaluations import Evaluations
 from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
@@ -31,6 +33,7 @@ from server.identity import Identity, TokenClaims
 from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.routes_dead_letters import DeadLetterRoutes
+from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
 from server.routes_lineage import LineageRoutes
@@ -114,6 +117,7 @@ class Bench:
     metrics: ServerMetrics
     keys: dict[str, str]
     key_ids: dict[str, str]
+    data_dir: Path
     obstacle: str | None = None
     dead: bool = False
     raters: RaterSettings = field(default_factory=RaterSettings)
@@ -163,6 +167,12 @@ class Bench:
                 registry=self.registry,
                 audit=audit,
                 report=Canary(self.database, self.registry, RolloutSettings()).report,
+            EvaluationRoutes(
+                evaluations=Evaluations(self.database),
+                registry=self.registry,
+                audit=audit,
+                data_dir=self.data_dir,
+                report=lambda number: f"<h1>Evaluation {Evaluations(self.database).get(number).id}</h1>",
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from unit.training.tiny import END, WORDS, tiny_tokenizer
 
+from evaluation.prompts import is_held_out
 from feedback.events import FEEDBACK, Event
 from feedback.records import Choice, Completion, prompt_hash
 from feedback.store import Slice
-from training.dataset import Dataset, build, is_held_out, rater_group, responses_of, with_older
+from training.dataset import Dataset, build, rater_group, responses_of, with_older
 from training.settings import TrainingSettings
 
 _numbers = itertools.count()

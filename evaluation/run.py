@@ -1,0 +1,397 @@
+"""Carries an evaluation out: contestants answer, judges compare every two of them, figures are made of it.
+
+Owns the order, the resumption and the lock: each batch of answers and verdicts is a file, and what is there
+is not asked for again. Who contestants and judges are is in their own modules, statistics in `tournament`.
+"""
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from evaluation.contestants import (
+    Answer,
+    Contestant,
+    EndpointContestant,
+    Sampling,
+    SharedEngine,
+    VersionContestant,
+)
+from evaluation.endpoint import Endpoint, EndpointProblem
+from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
+from evaluation.few_shot import FEW_SHOT
+from evaluation.judges import ChatPrompt, ChecksJudge, Judge, Pair, RewardModelJudge
+from evaluation.prompts import FileProblem, held_out_chats, read_chats
+from evaluation.reward_model import RewardModel
+from evaluation.sampler import Sampler
+from evaluation.settings import EvaluationSettings
+from evaluation.tournament import Answers, Duel, figures
+from feedback.privacy import PrivacyFilter
+from feedback.store import Store
+from feedback.tombstones import Name
+from registry.evaluation_request import Contestant as ContestantChoice
+from registry.evaluation_request import EvaluationRequest, JudgeChoice, UnsuitableRequest, reward_model_of
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
+from registry.registry import Registry, UnknownVersion
+
+Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationBusy(RuntimeError):  # noqa: N818
+    """Another process carries an evaluation out in the same data directory."""
+
+
+class CannotEvaluate(ValueError):  # noqa: N818
+    """An evaluation can't be carried out, or not any more; the message says what is missing."""
+
+
+_EXPECTED = (CannotEvaluate, EndpointProblem, FileProblem, UnknownVersion, UnsuitableRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What evaluations are carried out with.
+
+    `held_out_share` and `privacy` are those of rounds, and so are `reward_tokens`: how many tokens of a
+    prompt and of an answer reward models read. Prompt and answer have at most `max_model_len` tokens.
+    `environment` holds endpoints' keys.
+    """
+
+    evaluations: Evaluations
+    registry: Registry
+    store: Store
+    data_dir: Path
+    settings: EvaluationSettings
+    make_sampler: Callable[[Path], Sampler]
+    max_model_len: int
+    held_out_share: float
+    reward_tokens: tuple[int, int]
+    privacy: PrivacyFilter | None = None
+    environment: Mapping[str, str] = os.environ
+
+
+class Evaluator:
+    """Carries evaluations out, one at a time over all processes that share the data directory."""
+
+    def __init__(self, equipment: Equipment) -> None:
+        self._equipment = equipment
+        self._evaluations = equipment.evaluations
+
+    def carry_out_next(self) -> Evaluation | None:
+        """Carry out what waits, and go on first with what a killed process left; None without any.
+
+        None also while another process carries one out.
+        """
+        if self._evaluations.next() is None:
+            return None
+        try:
+            with self._lock():
+                waiting = self._evaluations.next()
+                return None if waiting is None else self._carry_out(waiting.id)
+        except EvaluationBusy:
+            return None
+
+    def carry_out(self, make: Callable[[], int]) -> Evaluation:
+        """Carry out the evaluation whose number `make` returns; it is called once nobody else is at work.
+
+        Returns it when it has ended. Raises EvaluationBusy, UnknownEvaluation, and EvaluationConflict if it
+        has ended already.
+        """
+        with self._lock():
+            return self._carry_out(make())
+
+    def needed(self) -> tuple[set[str], set[int]]:
+        """Return the versions that evaluations still wait for, and the rounds whose reward models they do."""
+        asked = [evaluation.asked for evaluation in self._evaluations.unfinished()]
+        versions = {one.version for request in asked for one in request.contestants if one.version}
+        rounds = {one.round for request in asked for one in request.judges if one.round}
+        return versions, rounds
+
+    def _carry_out(self, evaluation_id: int) -> Evaluation:
+        evaluation = self._evaluations.begin(evaluation_id)
+        try:
+            if evaluation.attempts > MOST_ATTEMPTS:
+                raise CannotEvaluate(
+                    f"its process was killed {MOST_ATTEMPTS} times, most likely for want of memory: look at "
+                    "the system's log, or lower max_tokens or training.kv_cache_gib"
+                )
+            result = EvaluationRun(evaluation, self._equipment).run()
+        except (SystemExit, KeyboardInterrupt):
+            logger.warning("evaluation %d was stopped: it is gone on with when there is time", evaluation_id)
+            raise
+        except Exception as problem:
+            # Whatever it was: an evaluation left `running` would be taken up, and fail, again and again.
+            if not isinstance(problem, _EXPECTED):
+                logger.exception("evaluation %d failed", evaluation_id)
+            error = str(problem) if isinstance(problem, _EXPECTED) else f"{type(problem).__name__}: {problem}"
+            self._evaluations.finish(evaluation_id, error=error)
+        else:
+            self._evaluations.finish(evaluation_id, result)
+        return self._evaluations.get(evaluation_id)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        root = self._equipment.data_dir / "evaluations"
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / "lock").open("w") as file:
+            try:
+                # The kernel lets go of it when the process ends, however it ends.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EvaluationBusy(
+                    "another evaluation is under way (`instructloop evaluations`): wait for it, or let the "
+                    "trainer carry this one out after it, with --later"
+                ) from None
+            yield
+
+
+class EvaluationRun:
+    """One evaluation's run; what its files hold already is not asked for again."""
+
+    def __init__(self, evaluation: Evaluation, equipment: Equipment) -> None:
+        self._evaluation = evaluation
+        self._request: EvaluationRequest = evaluation.asked
+        self._equipment = equipment
+        self._files = EvaluationFiles(evaluation_directory(equipment.data_dir, evaluation.id))
+        self._engine = SharedEngine(equipment.make_sampler)
+        self._endpoints: list[Endpoint] = []
+        self._completion_ids: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Return the result as plain JSON. Raises CannotEvaluate, EndpointProblem, FileProblem."""
+        try:
+            prompts = self._prompts()
+            contestants = [self._contestant(choice) for choice in self._request.contestants]
+            for choice in self._request.judges:
+                self._check(choice)
+            pairs = list(combinations(range(len(contestants)), 2))
+            total = len(prompts) * (len(contestants) + len(self._request.judges) * len(pairs))
+            with _Progress(self._evaluation, self._equipment.evaluations, total) as progress:
+                answers = [
+                    self._answers(i, contestant, prompts, progress)
+                    for i, contestant in enumerate(contestants)
+                ]
+                # Judges may be models, too: not beside the engine.
+                self._engine.close()
+                judges = [self._judge(choice) for choice in self._request.judges]
+                duels = [
+                    Duel(
+                        j,
+                        pair,
+                        self._verdicts(j, judge, self._matches(prompts, answers, pair), pair, progress),
+                    )
+                    for j, judge in enumerate(judges)
+                    for pair in pairs
+                ]
+            self._refuse_what_was_forgotten()
+            return figures(
+                contestants=[contestant.name for contestant in contestants],
+                judges=judges,
+                prompts=prompts,
+                answers=answers,
+                duels=duels,
+                settings=self._equipment.settings,
+                seed=self._request.seed,
+            )
+        finally:
+            self._engine.close()
+            for endpoint in self._endpoints:
+                endpoint.close()
+
+    # -- prompts
+
+    def _prompts(self) -> list[ChatPrompt]:
+        """Return the prompts that were chosen, or choose them; not those that were forgotten since."""
+        kept = self._files.prompts()
+        self._completion_ids = self._files.completion_ids()
+        if kept is None or self._forgotten():
+            kept = self._choose()
+            self._files.choose(kept)
+        self._completion_ids = self._files.completion_ids()
+        return [ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"])) for one in kept]
+
+    def _choose(self) -> list[dict[str, Any]]:
+        limit, found = self._request.limit, []
+        if self._request.files:
+            for chat in read_chats(Path(self._request.prompts)):
+                found.append(_row(chat, None))
+                if len(found) == limit:
+                    break
+        else:
+            equipment = self._equipment
+            held_out = held_out_chats(equipment.store, equipment.held_out_share, limit, equipment.privacy)
+            found = [_row(chat, completion_id) for chat, completion_id in held_out]
+        if len(found) < 2:
+            place = self._request.prompts if self._request.files else "the held-out side of the store"
+            raise CannotEvaluate(f"prompts: there are {len(found)} in {place}, at least two are needed")
+        return found
+
+    def _forgotten(self) -> bool:
+        names: list[Name] = [("completion", id) for id in self._completion_ids]
+        return bool(self._equipment.store.forgettings.among(names))
+
+    def _refuse_what_was_forgotten(self) -> None:
+        if self._forgotten():
+            self._files.delete_texts()
+            raise CannotEvaluate("a prompt that it asks was forgotten meanwhile: ask for it again")
+
+    # -- answers
+
+    def _contestant(self, choice: ContestantChoice) -> Contestant:
+        request = self._request
+        sampling = Sampling(request.n, request.max_tokens, request.temperature)
+        if choice.version is None:
+            return EndpointContestant(choice.name, self._endpoint(choice), sampling)
+        version = self._equipment.registry.version(choice.version)
+        if version.state == "pruned":
+            raise CannotEvaluate(f"the weights of {version.name} were deleted to save disk space")
+        try:
+            return VersionContestant(
+                choice.name,
+                version.path,
+                self._engine,
+                sampling,
+                max_model_len=self._equipment.max_model_len,
+                examples=FEW_SHOT if choice.few_shot else (),
+            )
+        except ValueError as problem:
+            raise CannotEvaluate(str(problem)) from problem
+
+    def _endpoint(self, choice: ContestantChoice | JudgeChoice) -> Endpoint:
+        assert choice.url is not None and choice.model is not None
+        endpoint = Endpoint(choice.url, choice.model, self._key(choice))
+        self._endpoints.append(endpoint)
+        return endpoint
+
+    def _key(self, choice: ContestantChoice | JudgeChoice) -> str | None:
+        if choice.key_variable is None:
+            return None
+        if key := self._equipment.environment.get(choice.key_variable):
+            return key
+        raise CannotEvaluate(
+            f"{choice.key_variable}, with the key for {choice.place}, is not set in the environment of the "
+            "process that carries evaluations out"
+        )
+
+    def _answers(
+        self, index: int, contestant: Contestant, prompts: Sequence[ChatPrompt], progress: "_Progress"
+    ) -> list[list[Answer]]:
+        answers: list[list[Answer]] = []
+        for number, batch in _batches(prompts):
+            self._refuse_what_was_forgotten()
+            # Each prompt has seeds of its own, and in a run that is gone on with the same.
+            seed = self._request.seed + number * BATCH * self._request.n
+            found = self._files.answers(index, number, partial(_asked, contestant, batch, seed))
+            answers += [[Answer(**one) for one in own] for own in found]
+            progress.step(f"answers of {contestant.name}", len(batch))
+        return answers
+
+    # -- verdicts
+
+    def _check(self, choice: JudgeChoice) -> None:
+        """Raise CannotEvaluate now, rather than after all answers, where a judge is not to be had."""
+        self._key(choice)
+        if choice.kind == "reward-model":
+            if not (self._reward_model(choice) / "head.safetensors").exists():
+                raise CannotEvaluate(f"the reward model of round {choice.round} is not kept any more")
+            if self._equipment.registry.desired() is None:
+                raise CannotEvaluate("no version is in service, and a reward model reads by its tokenizer")
+
+    def _judge(self, choice: JudgeChoice) -> Judge:
+        if choice.kind == "checks":
+            return ChecksJudge()
+        serving = self._equipment.registry.desired()
+        assert serving is not None
+        prompt_tokens, response_tokens = self._equipment.reward_tokens
+        return RewardModelJudge(
+            f"reward model of round {choice.round}",
+            RewardModel.load(self._reward_model(choice)),
+            AutoTokenizer.from_pretrained(str(self._equipment.registry.version(serving.name).path)),
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+        )
+
+    def _reward_model(self, choice: JudgeChoice) -> Path:
+        assert choice.round is not None
+        return reward_model_of(self._equipment.data_dir, choice.round)
+
+    def _matches(
+        self, prompts: Sequence[ChatPrompt], answers: Sequence[Answers], pair: tuple[int, int]
+    ) -> list[list[Pair]]:
+        """Set the i-th answers of two contestants to each prompt against each other."""
+        first, second = (answers[one] for one in pair)
+        return [
+            [Pair(prompt, ours.text, theirs.text) for ours, theirs in zip(own, other, strict=True)]
+            for prompt, own, other in zip(prompts, first, second, strict=True)
+        ]
+
+    def _verdicts(
+        self,
+        index: int,
+        judge: Judge,
+        matches: Sequence[Sequence[Pair]],
+        pair: tuple[int, int],
+        progress: "_Progress",
+    ) -> list[list[float | None]]:
+        """Return the verdicts on each prompt's matches."""
+        verdicts: list[list[float | None]] = []
+        for number, batch in _batches(matches):
+            self._refuse_what_was_forgotten()
+            asked = [match for own in batch for match in own]
+            found = self._files.verdicts(index, pair, number, partial(judge.compare, asked))
+            n = self._request.n
+            verdicts += [found[i : i + n] for i in range(0, len(found), n)]
+            progress.step(f"verdicts of {judge.name}", len(batch))
+        return verdicts
+
+
+class _Progress:
+    """How far an evaluation is: in the store, on a terminal as a bar, in a log by step."""
+
+    def __init__(self, evaluation: Evaluation, evaluations: Evaluations, total: int) -> None:
+        self._evaluation = evaluation
+        self._evaluations = evaluations
+        self._done, self._total = 0, total
+        self._step = ""
+        self._bar = tqdm(total=total, unit="prompt", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, name: str, count: int) -> None:
+        self._done += count
+        self._evaluations.progress(self._evaluation.id, name, self._done, self._total)
+        self._bar.set_description(name, refresh=False)
+        self._bar.update(count)
+        if self._bar.disable and name != self._step:
+            logger.info("evaluation %d: %s", self._evaluation.id, name)
+        self._step = name
+
+
+def _batches(items: Sequence[Item]) -> Iterator[tuple[int, Sequence[Item]]]:
+    for start in range(0, len(items), BATCH):
+        yield start // BATCH, items[start : start + BATCH]
+
+
+def _asked(contestant: Contestant, batch: Sequence[ChatPrompt], seed: int) -> list[list[dict[str, Any]]]:
+    return [[asdict(one) for one in own] for own in contestant.answer(batch, seed)]
+
+
+def _row(chat: ChatPrompt, completion_id: str | None) -> dict[str, Any]:
+    row = {"key": chat.key, "messages": list(chat.messages), "checks": list(chat.checks)}
+    return row if completion_id is None else row | {"completion_id": completion_id}
