@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evaluation.cases import CaseChanges
 from evaluation.comparison import Interval, win_rate
 from evaluation.settings import ConditionName, EvaluationSettings
+
+_SHOWN_CASES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class Evidence:
     """What the gate decides on. An interval is None where fewer than two prompts speak for it.
 
     `kl` is the candidate's mean KL from the version in service in nats a response, None when not measured;
-    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall.
+    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. `cases` are what
+    the candidate changed on them, None where there are none.
     """
 
     judge: Interval | None
@@ -51,6 +55,7 @@ class Evidence:
     prompts: int
     comparisons: int
     decided_prompts: int
+    cases: CaseChanges | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,12 @@ class Verdict:
 
 
 def gather(
-    comparisons: Sequence[Comparison], kl: float | None, settings: EvaluationSettings, *, seed: int = 0
+    comparisons: Sequence[Comparison],
+    kl: float | None,
+    settings: EvaluationSettings,
+    *,
+    seed: int = 0,
+    cases: CaseChanges | None = None,
 ) -> Evidence:
     """Turn comparisons into evidence: win rates with intervals clustered by prompt."""
 
@@ -115,6 +125,7 @@ def gather(
         prompts=len(totals),
         comparisons=len(comparisons),
         decided_prompts=sum(total != 0 for total in totals.values()),
+        cases=cases,
     )
 
 
@@ -222,10 +233,33 @@ def _within_budget(evidence: Evidence, settings: EvaluationSettings) -> Found:
     return passed, f"{text}, {'within' if passed else 'over'} the budget of {settings.kl_budget:g}.", figures
 
 
+def _cases(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
+    changed = evidence.cases
+    if changed is None:
+        return None
+    figures = {"cases": asdict(changed), "cases_may_break": settings.cases_may_break}
+    failing, passing = len(changed.still_failing), len(changed.still_passing)
+    all_ = len(changed.fixed) + len(changed.broke) + failing + passing
+    text = (
+        f"Of {all_} cases the candidate fixes {_named(changed.fixed)} and breaks {_named(changed.broke)}; "
+        f"{failing} fail as before and {passing} pass as before"
+    )
+    passed = len(changed.broke) <= settings.cases_may_break
+    if changed.broke:
+        text += f". At most {settings.cases_may_break} may break"
+    return passed, f"{text}.", figures
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:_SHOWN_CASES]) + (", …" if len(ids) > _SHOWN_CASES else "")
+    return f"{len(ids)} ({shown})" if ids else "none"
+
+
 CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found | None]] = {
     "decided prompts": _enough,
     "win rate": _better,
     "KL": _within_budget,
+    "cases": _cases,
 }
 """The gate's conditions, in the order in which a person reads them; one that returns None does not apply."""
 

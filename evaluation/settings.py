@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ConditionName = Literal["decided prompts", "win rate", "KL"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "cases"]
 """The gate's conditions."""
 
 
@@ -43,6 +43,10 @@ class EvaluationSettings(BaseModel):
     resamples: int = Field(
         2000, ge=200, description="How many bootstrap resamples an interval is computed from."
     )
+    cases_may_break: int = Field(
+        0, ge=0, description="How many cases that pass on the version in service may fail on a candidate."
+    )
+    case_tokens: int = Field(256, ge=1, description="The longest answer to a case, in tokens.")
     report_only: list[ConditionName] = Field(
         default_factory=list,
         description="Conditions of the gate that are reported but refuse no candidate.",

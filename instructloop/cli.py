@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, dead_letters, forget, lineage, raters, rounds
+from instructloop import access, cases, dead_letters, fix, forget, lineage, raters, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -25,6 +25,8 @@ USAGE_ERROR = 2
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
+    ("feedback.cases", "BadCase"),
+    ("feedback.cases", "UnknownCase"),
     ("feedback.dead_letters", "StillBroken"),
     ("feedback.dead_letters", "UnknownLetter"),
     ("feedback.keys", "RevokedKey"),
@@ -144,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     raters.add_to(
         add("raters", raters.listing, "see who gives feedback; quarantine raters, ask gold questions")
     )
+    cases.add_to(
+        add("cases", cases.listing, "list, add and remove prompts that every later candidate is tried on")
+    )
+    fix.add_to(add("fix", fix.fix, "add a case, train on it and wait until a version serves that passes it"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")

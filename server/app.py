@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from feedback.cases import Cases, Validate
 from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
@@ -43,6 +44,7 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
@@ -78,11 +80,12 @@ async def serve(
     waiting_hours: float,
     round_report: Callable[[int], str],
     raters: RaterSettings,
+    check_case: Validate,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
-    `round_report` makes the page about a round, for operators.
+    `round_report` makes the page about a round, for operators; `check_case` refuses what makes no case.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -153,6 +156,14 @@ async def serve(
             ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
+            CaseRoutes(
+                cases=Cases(database),
+                queue=queue,
+                store=store,
+                lineage=lineage,
+                audit=audit,
+                validate=check_case,
+            ).router(),
         ]
         app = assemble(
             engine.app,

@@ -86,12 +86,17 @@ def test_there_is_no_drawer_module() -> None:
 
 def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
-    named += ["evaluation.round_report", "training.samples"]  # a server makes a round's page
+    named += [
+        "evaluation.round_report",
+        "evaluation.cases",
+        "training.samples",
+    ]  # a server makes a round's page
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
     for name in (
         "access",
+        "cases",
         "cli",
         "config",
         "supervisor",
@@ -102,6 +107,7 @@ def light_modules() -> list[str]:
         "listings",
         "raters",
         "rounds",
+        "fix",
         "forget",
         "upkeep",
         "parts",
