@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluation.cases import CaseChanges
 from evaluation.comparison import Interval, win_rate
+from evaluation.overoptimisation import Watch
 from evaluation.settings import ConditionName, EvaluationSettings
 
 _SHOWN_CASES = 10
@@ -44,8 +45,9 @@ class Evidence:
     """What the gate decides on. An interval is None where fewer than two prompts speak for it.
 
     `kl` is the candidate's mean KL from the version in service in nats a response, None when not measured;
-    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. `cases` are what
-    the candidate changed on them, None where there are none.
+    `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. What is measured
+    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch; `cases`, what
+    the candidate changed on them.
     """
 
     judge: Interval | None
@@ -56,6 +58,7 @@ class Evidence:
     comparisons: int
     decided_prompts: int
     cases: CaseChanges | None = None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,7 @@ class Verdict:
 
 
 def gather(
-    comparisons: Sequence[Comparison],
-    kl: float | None,
-    settings: EvaluationSettings,
-    *,
-    seed: int = 0,
-    cases: CaseChanges | None = None,
+    comparisons: Sequence[Comparison], kl: float | None, settings: EvaluationSettings, *, seed: int = 0
 ) -> Evidence:
     """Turn comparisons into evidence: win rates with intervals clustered by prompt."""
 
@@ -125,7 +123,6 @@ def gather(
         prompts=len(totals),
         comparisons=len(comparisons),
         decided_prompts=sum(total != 0 for total in totals.values()),
-        cases=cases,
     )
 
 
@@ -255,11 +252,30 @@ def _named(ids: Sequence[str]) -> str:
     return f"{len(ids)} ({shown})" if ids else "none"
 
 
+def _not_over_optimised(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
+    watch = evidence.watch
+    if watch is None:
+        return None
+    gains = (
+        f"From the SFT policy on, the proxy (the reward that was maximised) moved by {_gain(watch.proxy)} "
+        f"and gold (the judge that nobody was trained on) by {_gain(watch.gold)}"
+    )
+    figures = {"proxy_gain": watch.proxy.figures(), "gold_gain": watch.gold.figures()}
+    if watch.over_optimised:
+        return False, f"{gains}: gold fell while the proxy rose, which is over-optimisation.", figures
+    return True, f"{gains}: it is not so that the proxy rose while gold fell beyond its interval.", figures
+
+
+def _gain(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
 CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found | None]] = {
     "decided prompts": _enough,
     "win rate": _better,
     "KL": _within_budget,
     "cases": _cases,
+    "gold against proxy": _not_over_optimised,
 }
 """The gate's conditions, in the order in which a person reads them; one that returns None does not apply."""
 
@@ -267,6 +283,13 @@ CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found |
 def _remarks(evidence: Evidence) -> list[str]:
     """Say what each source alone says; the verdict rests on both together."""
     remarks = []
+    if evidence.watch is not None and evidence.watch.checkpoints > 1:
+        kind = "held-out" if evidence.watch.held_out else "training"
+        remarks.append(
+            f"It is the checkpoint after update {evidence.watch.update}, chosen among "
+            f"{evidence.watch.checkpoints} by the gold judge on {evidence.watch.prompts} {kind} prompts; the "
+            "win rate is from none of those, so the choice does not flatter it."
+        )
     if evidence.judge is not None:
         remarks.append(f"By the held-out reward model alone the win rate is {evidence.judge}.")
     if evidence.checks is not None:

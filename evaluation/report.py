@@ -43,11 +43,15 @@ class ReportProblem(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line of a plot: `values` over `steps`; a value that is None or not finite leaves a gap."""
+    """One line of a plot: `values` over `steps`; a value that is None or not finite leaves a gap.
+
+    With `bounds`, a pair to each value, an interval is drawn around each.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float | None]
+    bounds: Sequence[tuple[float | None, float | None]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +221,15 @@ class Report:
 
 
 def _draw(axes: Any, line: Series) -> None:
-    values = [math.nan if value is None or not math.isfinite(value) else value for value in line.values]
-    axes.plot(line.steps, values, marker="." if len(values) < 60 else None, label=line.label)
+    values = [_plotted(value) for value in line.values]
+    (drawn,) = axes.plot(line.steps, values, marker="." if len(values) < 60 else None, label=line.label)
+    for step, (low, high) in zip(line.steps, line.bounds, strict=False):
+        axes.vlines(step, _plotted(low), _plotted(high), color=drawn.get_color(), alpha=0.5)
     axes.grid(alpha=0.3)
+
+
+def _plotted(value: float | None) -> float:
+    return math.nan if value is None or not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

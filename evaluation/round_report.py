@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from evaluation.gate import in_words
 from evaluation.report import Report, Response, Series
 from feedback.cases import Case, CaseResult, Change
 from registry.round_record import RoundRecord
@@ -31,6 +32,10 @@ PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 """(caption, unit, names): what is plotted by itself, for each stage that has it; the rest is in a grid."""
 
 _CHANGES: tuple[Change, ...] = ("fixed", "broke", "still failing", "still passing")
+
+_WATCH = "checkpoints"
+"""The stage whose metrics are points on the plane of the over-optimisation watch."""
+
 _INTERVAL = ("estimate", "low", "high")
 
 Samples = Sequence[Mapping[str, Any]]
@@ -48,7 +53,8 @@ def round_report(
     _add_outcome(report, record)
     _add_cases(report, cases)
     _add_stages(report, record)
-    _add_figures(report, record.metrics)
+    _add_plane(report, record)
+    _add_figures(report, [metric for metric in record.metrics if metric.stage != _WATCH])
     _add_samples(report, samples)
     report.heading("Configuration")
     for section, values in _sections(round_.config):
@@ -77,8 +83,9 @@ def _add_outcome(report: Report, record: RoundRecord) -> None:
         report.items(record.round.error.splitlines())
     if verdict is not None:
         report.heading("Verdict")
-        report.paragraph("To be promoted." if verdict.get("promote") else "Not to be promoted.")
-        report.items([str(reason) for reason in verdict.get("reasons", [])])
+        decision, *reasons = in_words(verdict)
+        report.paragraph(decision)
+        report.items(reasons)
 
 
 def _add_cases(report: Report, cases: Sequence[tuple[Case, CaseResult]]) -> None:
@@ -110,9 +117,53 @@ def _add_stages(report: Report, record: RoundRecord) -> None:
         report.bars("Where the time went", names, {"seconds": seconds}, x_label="seconds")
     with report.side_by_side():
         for stage in record.stages:
-            # The gate's result is the verdict.
-            if stage.result and stage.name != "gate":
+            # The gate's result is the verdict, and the watch's is on its plane.
+            if stage.result and stage.name != "gate" and "points" not in stage.result:
                 report.table(["result", "value"], _flat(stage.result), caption=stage.name)
+
+
+def _add_plane(report: Report, record: RoundRecord) -> None:
+    """Show the policy's checkpoints at d = √KL from the SFT policy: what was maximised, beside gold."""
+    points: dict[int, dict[str, float | None]] = {}
+    for metric in record.metrics:
+        if metric.stage == _WATCH:
+            points.setdefault(metric.step, {})[metric.name] = metric.value
+    if len(points) < 2:
+        return
+    results = [stage.result for stage in record.stages if stage.name == _WATCH and stage.result]
+    chosen = results[0]["update"] if results else None
+    report.heading("Over-optimisation watch")
+    report.paragraph(
+        "The policy's checkpoints, by how far they are from the SFT policy. The proxy is the reward model "
+        "that training maximised, gold the judge of the held-out side, which nothing was trained on. Where "
+        "gold turns down while the proxy rises, training went too far (arXiv 2210.10760). The checkpoint "
+        "that gold likes best is published."
+    )
+    order = sorted(points, key=lambda update: points[update].get("distance") or 0.0)
+    lines = [
+        Series(
+            label,
+            [points[update].get("distance") or 0.0 for update in order],
+            [points[update].get(name) for update in order],
+            [(points[update].get(f"{name}/low"), points[update].get(f"{name}/high")) for update in order],
+        )
+        for name, label in (("proxy", "proxy, which was maximised"), ("gold", "gold"))
+    ]
+    report.lines(
+        "Reward gained over the SFT policy", lines, x_label="√KL, KL in nats a response", y_label="gain"
+    )
+    names = ("kl", "distance", "proxy", "gold")
+    report.table(
+        ["after update", *("KL", "√KL", "proxy's gain", "gold's gain"), ""],
+        [
+            (
+                "0 (SFT)" if update == 0 else str(update),
+                *(points[update].get(name) for name in names),
+                "published" if update == chosen else " ",
+            )
+            for update in sorted(points)
+        ],
+    )
 
 
 def _add_figures(report: Report, metrics: Sequence[Metric]) -> None:

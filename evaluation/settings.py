@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ConditionName = Literal["decided prompts", "win rate", "KL", "cases"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy"]
 """The gate's conditions."""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from instructloop import access, cases, child, installation
+from instructloop import access, cases, child
 
 if TYPE_CHECKING:
     from feedback.cases import Case, CaseResult
@@ -67,6 +67,7 @@ def fix(arguments: argparse.Namespace) -> int:
 def _case(config: "Config", arguments: argparse.Namespace) -> "Case":
     from evaluation.cases import check_case
     from feedback.cases import BadCase, Cases
+    from instructloop import installation
     from registry.audit import AuditLog
 
     kept = Cases(installation.open_database(config))
@@ -105,6 +106,7 @@ class _Way:
     def __init__(self, config: "Config", file: Path | None, case: "Case") -> None:
         from feedback.cases import Cases
         from feedback.store import Store
+        from instructloop import installation
         from registry.rounds import Rounds
 
         self._config, self._file, self._case = config, file, case

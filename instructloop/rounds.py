@@ -5,10 +5,10 @@ They parse and print; what a round is and how two differ is `registry`'s, runnin
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -60,6 +60,7 @@ def listing(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from evaluation.gate import in_words
     from instructloop import listings
 
     (record,) = _records(_config(arguments), arguments.n)
@@ -70,22 +71,15 @@ def _show(arguments: argparse.Namespace) -> int:
     round_ = record.round
     for name in ("state", "version", "cursor", "cutoff", "seed", "repeat_of", "pinned"):
         print(f"{name}: {getattr(round_, name)}")
-    for name, text in (("error", round_.error), *_reasons(round_.verdict)):
-        if text:
-            print(f"{name}: {text}")
+    if round_.error:
+        print(f"error: {round_.error}")
+    if round_.verdict is not None:
+        print("\n  ".join(["verdict:", *in_words(round_.verdict)]))
     print(f"seconds: {record.seconds:.0f}\n" if record.seconds is not None else "")
     listings.show(listings.stages(record))
     print()
     listings.show(listings.figures(record))
     return 0
-
-
-def _reasons(verdict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    if verdict is None:
-        return []
-    return [
-        ("verdict", f"{'promote' if verdict.get('promote') else 'keep out'}: {' '.join(verdict['reasons'])}")
-    ]
 
 
 def _diff(arguments: argparse.Namespace) -> int:

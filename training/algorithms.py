@@ -22,6 +22,7 @@ from trl.models import prepare_fsdp
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, scores_and_spreads
 from training import processes
+from training.checkpoints import Checkpoints, KeepCheckpoints
 from training.dataset import Comparison, Side
 from training.policy import Policy, with_adapter
 from training.ppo import PPO, KeepSamples
@@ -51,7 +52,8 @@ class Task:
     `policy` is the SFT policy as `load_policy` reads it, `prompts` are what PPO and RLOO ask, `reward_model`
     is a directory that is read only where it is needed, `work` takes an algorithm's own files. `updates` is
     the number of updates where it is given: instead of the settings' (PPO, RLOO), or at most (DPO, KTO, whose
-    number follows from the data). `texts` are PPO's pretraining mix, `keep_samples` takes some responses.
+    number follows from the data). `texts` are PPO's pretraining mix, `keep_samples` takes some responses
+    and `checkpoints` the policy after some of the updates.
     """
 
     policy: PreTrainedModel
@@ -66,6 +68,7 @@ class Task:
     updates: int | None = None
     texts: PretrainingTexts | None = None
     keep_samples: KeepSamples | None = None
+    checkpoints: Checkpoints | None = None
 
 
 class NothingToLearnFrom(ValueError):  # noqa: N818
@@ -97,6 +100,7 @@ def _ppo(task: Task) -> tuple[Policy, Result]:
         report=task.report,
         texts=task.texts,
         keep_samples=task.keep_samples,
+        checkpoints=task.checkpoints,
     )
     ppo.train()
     return ppo.trained_policy(), ppo.result()
@@ -162,7 +166,7 @@ def rloo(task: Task, reward: Reward) -> tuple[Policy, Result]:
         trainer.ref_model = prepare_fsdp(reference, trainer.accelerator)
     else:
         trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
-    policy, result = _run(trainer)
+    policy, result = _run(trainer, task, steps_an_update)
     return policy, result | {"updates": updates}
 
 
@@ -179,7 +183,8 @@ def _dpo(task: Task) -> tuple[Policy, Result]:
             train_dataset=HfDataset.from_list(rows),
             processing_class=task.tokenizer,
             callbacks=[ReportedLogs(task.report)],
-        )
+        ),
+        task,
     )
 
 
@@ -207,7 +212,8 @@ def _kto(task: Task) -> tuple[Policy, Result]:
             train_dataset=HfDataset.from_list(rows),
             processing_class=task.tokenizer,
             callbacks=[ReportedLogs(task.report)],
-        )
+        ),
+        task,
     )
 
 
@@ -303,8 +309,14 @@ def _by_update(report: Report, steps_an_update: int) -> Report:
     return lambda step, steps, figures: report(step // steps_an_update, steps // steps_an_update, figures)
 
 
-def _run(trainer: Any) -> tuple[Policy, Result]:
+def _run(trainer: Any, task: Task, steps_an_update: int = 1) -> tuple[Policy, Result]:
     trainer.remove_callback(PrinterCallback)
+    if task.checkpoints is not None:
+        trainer.add_callback(
+            KeepCheckpoints(
+                task.checkpoints, lambda: trainer.accelerator.unwrap_model(trainer.model), steps_an_update
+            )
+        )
     trainer.train()
     policy: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return policy, {"updates": trainer.state.global_step}

@@ -29,10 +29,11 @@ from feedback.store import Store
 from registry.registry import Registry
 from registry.rounds import Round, Rounds, Stage, UnknownRound
 from training.algorithms import train
+from training.logprobs import kl_from
 from training.policy import Policy, load_policy, write_checkpoint
 from training.rater_weights import next_standing
 from training.reward_model import Report
-from training.round import Result, RoundRun, SamplerFactory, kl_from
+from training.round import Result, RoundRun, SamplerFactory
 from training.settings import TrainingSettings
 
 UNIT = "CPU seconds" if DEVICE.type == "cpu" else "seconds"

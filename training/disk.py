@@ -49,12 +49,16 @@ def weights_a_round(settings: TrainingSettings) -> int:
 
     The SFT policy, two rollouts' and the candidate (4), two reward models in float32 (4), and twice PPO's
     checkpoint, while one replaces the other: weights in float32 with Adam's two moments (6), their average
-    (2), and as much for a critic with a trunk of its own. Adapters weigh next to nothing.
+    (2), and as much for a critic with a trunk of its own. Adapters weigh next to nothing. Each checkpoint of
+    the policy but the last, which is the candidate, adds 1.
     """
     checkpoint = 0 if settings.ppo_lora_rank else 6
     checkpoint += 2 if settings.ppo_ema_decay and not settings.ppo_lora_rank else 0
     checkpoint += 6 if settings.ppo_critic == "separate" else 0
-    return 8 + 2 * checkpoint
+    kept = settings.ppo_checkpoints
+    if settings.algorithm in ("ppo", "rloo"):
+        kept = min(kept, settings.ppo_updates)
+    return 8 + max(0, kept - 1) + 2 * checkpoint
 
 
 def _parameters(directory: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluation.contest import Prompt
 from evaluation.reward_model import (
     DEVICE,
     PackedRows,
@@ -18,6 +19,7 @@ from evaluation.reward_model import (
     pack,
     rows_by_tokens,
 )
+from evaluation.sampler import Sample
 from training.policy import Policy, trunk_and_head
 
 Item = tuple[TokenIds, Sequence[TokenIds]]
@@ -133,3 +135,23 @@ def total_logprobs(
         for index, own in zip(group, parts, strict=True):
             totals[index] = float(own.sum())
     return totals
+
+
+def kl_from(
+    reference: Policy,
+    prompts: Sequence[Prompt],
+    ours: Sequence[Sequence[Sample]],
+    temperature: float,
+) -> float:
+    """Mean over a policy's answers of log pi - log pi_reference, in nats a response.
+
+    Both at the answers' sampling temperature, where the mean estimates KL(pi || pi_reference).
+    """
+    pairs = [
+        (prompt.token_ids, sample)
+        for prompt, samples in zip(prompts, ours, strict=True)
+        for sample in samples
+    ]
+    theirs = total_logprobs(reference, [(prompt, sample.token_ids) for prompt, sample in pairs], temperature)
+    gaps = [sum(sample.logprobs) - their for (_, sample), their in zip(pairs, theirs, strict=True)]
+    return float(sum(gaps) / len(gaps))

@@ -30,6 +30,7 @@ from evaluation.contest import Prompt
 from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
 from training import processes, sharding
+from training.checkpoints import Checkpoints
 from training.critic import Critic
 from training.episodes import Episodes
 from training.logprobs import (
@@ -72,7 +73,8 @@ KeepSamples = Callable[[int, list[dict[str, Any]]], None]
 class PPO(PPOTrainer):  # type: ignore[misc]
     """TRL's PPOTrainer with rollouts by an engine; see the module's docstring for what else is different.
 
-    `work` takes checkpoints, from which a killed run goes on. `texts` is the pretraining mix, if any.
+    `work` takes checkpoints, from which a killed run goes on. `texts` is the pretraining mix, if any,
+    `checkpoints` keeps the policy after some of the updates.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class PPO(PPOTrainer):  # type: ignore[misc]
         report: Report,
         texts: PretrainingTexts | None = None,
         keep_samples: KeepSamples | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self._prompts = list(prompts)
         self._rollouts = rollouts
         self._settings = settings
         self._texts = texts
         self._keep_samples = keep_samples
+        self._checkpoints = checkpoints
         self._checkpoint = work / "checkpoint.pt"
         self._kl_coefficient = settings.ppo_kl_coefficient
         self._retreats = 0
@@ -257,6 +261,7 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             )
         self.lr_scheduler.step()
         self.callback_handler.on_step_end(self.args, self.state, self.control)
+        self._keep_checkpoint()  # before the state that a killed run goes on from, or it might be missing
         if self.state.global_step % self._settings.ppo_checkpoint_updates == 0:
             self._save()
 
@@ -440,6 +445,19 @@ class PPO(PPOTrainer):  # type: ignore[misc]
             yield [prompts[i] for i in group]
 
     # -- checkpoints
+
+    def _keep_checkpoint(self) -> None:
+        """Keep the policy that would be published if this update were the last."""
+        update, updates = self.state.global_step, self.state.max_steps
+        if self._checkpoints is None or not self._checkpoints.is_due(update, updates):
+            return
+        with torch.no_grad():
+            learning = [parameter.detach().clone() for parameter in self._learning] if self._average else []
+            for parameter, average in zip(self._learning, self._average, strict=bool(self._average)):
+                parameter.copy_(average)
+            self._checkpoints.keep(self.policy_model, update)
+            for parameter, own in zip(self._learning, learning, strict=bool(learning)):
+                parameter.copy_(own)
 
     def _save(self) -> None:
         state = sharding.gathered(

@@ -10,6 +10,7 @@ a round is due is `training/trainer.py`'s.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from evaluation.cases import CaseChanges, CaseTest, Score, changes
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
+from evaluation.overoptimisation import Point, watch_of
 from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
@@ -32,8 +34,9 @@ from registry.registry import Registry, Version
 from registry.rounds import Round, Rounds
 from training import processes
 from training.algorithms import Task, train
+from training.checkpoints import Checkpoints, Watching, choose
 from training.dataset import Dataset, Side, build, responses_of, with_older
-from training.logprobs import total_logprobs
+from training.logprobs import kl_from
 from training.policy import Policy, load_policy, write_checkpoint
 from training.pretraining import FileProblem, PretrainingTexts, read_prompts
 from training.progress import Progress
@@ -45,7 +48,7 @@ from training.samples import SampleLog
 from training.settings import TrainingSettings
 from training.sft import checkpoint_epochs, fine_tune
 
-STAGES = ("dataset", "sft", "reward_model", "judge", "select", "ppo", "publish", "gate")
+STAGES = ("dataset", "sft", "reward_model", "judge", "select", "ppo", "checkpoints", "publish", "gate")
 MODELS = ("reward_model", "judge")
 """What is kept of a round that has ended, for as long as `training/disk.py` says: its reward models."""
 
@@ -104,6 +107,7 @@ class RoundRun:
         try:
             self._prepare()
             self._stage("ppo", self._ppo, together=True)
+            self._stage("checkpoints", self._choose_checkpoint)
             version = self._stage("publish", self._publish)["version"]
             verdict = self._stage("gate", lambda: self._gate(version))
         finally:
@@ -293,13 +297,67 @@ class RoundRun:
         """Train the policy by the configured algorithm."""
         shutil.rmtree(self._directory / "sft_epochs", ignore_errors=True)  # the choice has been made
         with self._progress("ppo") as report:
-            policy, details = train(self._task(self._settings, self._directory / "ppo", report))
+            task = self._task(self._settings, self._directory / "ppo", report)
+            policy, details = train(replace(task, checkpoints=self._checkpoints))
         self._write(policy, self._directory / "candidate")
         return {"algorithm": self._settings.algorithm, **details}
 
+    def _choose_checkpoint(self) -> Result:
+        """Watch over-optimisation: publish the checkpoint that the gold judge likes best, not the last.
+
+        The judge of the held-out side is gold, the reward model of the training side the proxy.
+        """
+        ppo = self._result("ppo")
+        # Stopped by its KL budget, the algorithm took back its last update.
+        last = ppo["updates"] - ppo.get("stopped_by_kl_budget", False)
+        prompts, held_out = self._prompts_to_choose_by()
+        skipped = {"update": last, "directory": "candidate"}
+        if not self._settings.ppo_checkpoints:
+            return skipped | {"skipped": "training.ppo_checkpoints is 0"}
+        if last < 1 or len(prompts) < 2:
+            return skipped | {"skipped": "it takes an update and two prompts to watch"}
+        candidates = {**self._checkpoints.kept(before=last), last: self._directory / "candidate"}
+        watching = Watching(
+            self._engine,
+            prompts,
+            sft=self._directory / "sft",
+            proxy=self._directory / "reward_model",
+            gold=self._directory / "judge",
+            responses=min(
+                -(-self._settings.ppo_selection_prompts // len(prompts)), self._evaluation.samples_per_prompt
+            ),
+            settings=self._evaluation,
+            seed=self._settings.seed,
+        )
+
+        def report(found: Point) -> None:
+            self._keep("checkpoints", found.update, found.figures())
+
+        chosen, points = choose(watching, candidates, report)
+        return {
+            "update": chosen.update,
+            "directory": str(candidates[chosen.update].relative_to(self._directory)),
+            "prompts": len(prompts),
+            "held_out": held_out,
+            "points": [item.as_dict() for item in points],
+        }
+
+    def _prompts_to_choose_by(self) -> tuple[list[Prompt], bool]:
+        """Return the prompts that checkpoints are judged on, and whether they are held-out ones.
+
+        The gate asks none of them, or its win rate would be that of the best of several on its own prompts.
+        Where the held-out side has too few for both they are training prompts: the gold judge has seen
+        nothing that was said on those.
+        """
+        count = self._settings.ppo_selection_prompts
+        spare = self._dataset.held_out.sorted_prompts()[self._evaluation.prompts :]
+        if len(spare) >= count:
+            return spare[:count], True
+        return self._dataset.train.sorted_prompts()[:count], False
+
     def _publish(self) -> Result:
         version = self._registry.publish(
-            self._directory / "candidate",
+            self._directory / self._result("checkpoints")["directory"],
             parent=self._parent.name,
             round_id=self._round.id,
             kind=self._settings.algorithm,
@@ -327,9 +385,14 @@ class RoundRun:
         theirs = answers(self._engine, incumbent.path, prompts, self._evaluation, seed)
         comparisons = compare(RewardModel.load(self._directory / "judge"), prompts, ours, theirs)
         kl = kl_from(load_policy(incumbent.path), prompts, ours, self._evaluation.temperature)
-        cases = self._try_cases(candidate, incumbent)
-        evidence = gather(comparisons, kl, self._evaluation, seed=seed, cases=cases)
-        return {**decide(evidence, self._evaluation).as_dict(), "incumbent": incumbent.name}
+        evidence = gather(comparisons, kl, self._evaluation, seed=seed)
+        evidence = replace(
+            evidence,
+            watch=watch_of(self._result("checkpoints")),
+            cases=self._try_cases(candidate, incumbent),
+        )
+        verdict = decide(evidence, self._evaluation)
+        return {**verdict.as_dict(), "incumbent": incumbent.name}
 
     def _try_cases(self, candidate: Version, incumbent: Version) -> CaseChanges | None:
         """Put every case to both versions and keep what they answered; None where there are no cases."""
@@ -394,6 +457,11 @@ class RoundRun:
             texts=texts,
             keep_samples=SampleLog(self._directory).keep,
         )
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        directory = self._directory / "ppo_checkpoints"
+        return Checkpoints(directory, self._tokenizer, self._settings.ppo_checkpoints)
 
     @cached_property
     def _files(self) -> tuple[list[Prompt], PretrainingTexts | None]:
@@ -511,26 +579,6 @@ class RoundRun:
     def _result(self, stage: str) -> Result:
         found: Result = json.loads((self._directory / f"{stage}.json").read_text())
         return found
-
-
-def kl_from(
-    reference: Policy,
-    prompts: Sequence[Prompt],
-    ours: Sequence[Sequence[Sample]],
-    temperature: float,
-) -> float:
-    """Mean over a policy's answers of log pi - log pi_reference, in nats a response.
-
-    Both at the answers' sampling temperature, where the mean estimates KL(pi || pi_reference).
-    """
-    pairs = [
-        (prompt.token_ids, sample)
-        for prompt, samples in zip(prompts, ours, strict=True)
-        for sample in samples
-    ]
-    theirs = total_logprobs(reference, [(prompt, sample.token_ids) for prompt, sample in pairs], temperature)
-    gaps = [sum(sample.logprobs) - their for (_, sample), their in zip(pairs, theirs, strict=True)]
-    return float(sum(gaps) / len(gaps))
 
 
 def _mean_score(

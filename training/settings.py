@@ -160,6 +160,14 @@ class TrainingSettings(BaseModel):
     ppo_checkpoint_updates: int = Field(
         4, ge=1, description="PPO can be resumed from the last multiple of so many updates."
     )
+    ppo_checkpoints: int = Field(
+        4,
+        ge=0,
+        description="Checkpoints over the updates that are judged to publish the best; 0 takes the last.",
+    )
+    ppo_selection_prompts: int = Field(
+        32, ge=2, description="Each of these checkpoints answers so many prompts that the gate does not use."
+    )
     rollout_engine: Literal["vllm", "transformers"] = Field(
         "vllm", description="What samples the episodes and the held-out answers."
     )

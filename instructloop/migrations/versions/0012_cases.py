@@ -33,7 +33,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("case_id", sa.Text(), nullable=False),
         sa.CheckConstraint("kind IN ('rater', 'completion', 'event')", name=op.f("ck_case_origins_kind")),
-        sa.ForeignKeyConstraint(["case_id"], ["cases.id"], name=op.f("fk_case_origins_case_id_cases")),
+        sa.ForeignKeyConstraint(["case_id"], ["cases.id"], name=op.f("fk_case_origins_case_id")),
         sa.PrimaryKeyConstraint("kind", "name", "case_id", name=op.f("pk_case_origins")),
     )
     op.create_table(
@@ -47,7 +47,7 @@ def upgrade() -> None:
         sa.Column("before_passed", sa.Boolean(), nullable=False),
         sa.Column("after", sa.Text(), nullable=False),
         sa.Column("after_passed", sa.Boolean(), nullable=False),
-        sa.ForeignKeyConstraint(["case_id"], ["cases.id"], name=op.f("fk_case_results_case_id_cases")),
+        sa.ForeignKeyConstraint(["case_id"], ["cases.id"], name=op.f("fk_case_results_case_id")),
         sa.PrimaryKeyConstraint("round_id", "case_id", name=op.f("pk_case_results")),
     )
 
