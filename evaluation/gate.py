@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evaluation.cases import CaseChanges
 from evaluation.comparison import Interval, win_rate
 from evaluation.overoptimisation import Watch
 from evaluation.settings import ConditionName, EvaluationSettings
 from evaluation.tax import Change
+
+_SHOWN_CASES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Evidence:
     `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. What is measured
     apart from the comparisons is None where it was not: `watch`, the over-optimisation watch, and `tax`, the
     changes on benchmarks.
+    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch; `cases`, what
+    the candidate changed on them.
     """
 
     judge: Interval | None
@@ -55,6 +60,7 @@ class Evidence:
     prompts: int
     comparisons: int
     decided_prompts: int
+    cases: CaseChanges | None = None
     watch: Watch | None = None
     tax: tuple[Change, ...] | None = None
 
@@ -228,6 +234,28 @@ def _within_budget(evidence: Evidence, settings: EvaluationSettings) -> Found:
     return passed, f"{text}, {'within' if passed else 'over'} the budget of {settings.kl_budget:g}.", figures
 
 
+def _cases(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
+    changed = evidence.cases
+    if changed is None:
+        return None
+    figures = {"cases": asdict(changed), "cases_may_break": settings.cases_may_break}
+    failing, passing = len(changed.still_failing), len(changed.still_passing)
+    all_ = len(changed.fixed) + len(changed.broke) + failing + passing
+    text = (
+        f"Of {all_} cases the candidate fixes {_named(changed.fixed)} and breaks {_named(changed.broke)}; "
+        f"{failing} fail as before and {passing} pass as before"
+    )
+    passed = len(changed.broke) <= settings.cases_may_break
+    if changed.broke:
+        text += f". At most {settings.cases_may_break} may break"
+    return passed, f"{text}.", figures
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:_SHOWN_CASES]) + (", …" if len(ids) > _SHOWN_CASES else "")
+    return f"{len(ids)} ({shown})" if ids else "none"
+
+
 def _not_over_optimised(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
     watch = evidence.watch
     if watch is None:
@@ -268,6 +296,7 @@ CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found |
     "decided prompts": _enough,
     "win rate": _better,
     "KL": _within_budget,
+    "cases": _cases,
     "gold against proxy": _not_over_optimised,
     "tax": _little_tax,
 }

@@ -3,12 +3,14 @@
 Owns the choice and the order of what is shown; how it looks is `evaluation.report`'s.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from evaluation.gate import in_words
 from evaluation.report import Report, Response, Series
+from feedback.cases import Case, CaseResult, Change
 from registry.round_record import RoundRecord
 from registry.rounds import Metric
 
@@ -29,6 +31,8 @@ PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 """(caption, unit, names): what is plotted by itself, for each stage that has it; the rest is in a grid."""
 
+_CHANGES: tuple[Change, ...] = ("fixed", "broke", "still failing", "still passing")
+
 _WATCH = "checkpoints"
 """The stage whose metrics are points on the plane of the over-optimisation watch."""
 
@@ -37,11 +41,17 @@ _INTERVAL = ("estimate", "low", "high")
 Samples = Sequence[Mapping[str, Any]]
 
 
-def round_report(record: RoundRecord, samples: Samples) -> Report:
-    """Make the report of one round; `samples` are the lines of its `training.samples.SampleLog`."""
+def round_report(
+    record: RoundRecord, samples: Samples, cases: Sequence[tuple[Case, CaseResult]] = ()
+) -> Report:
+    """Make the report of one round.
+
+    `samples` are the lines of its `training.samples.SampleLog`, `cases` what was answered to each case.
+    """
     round_ = record.round
     report = Report(f"Round {round_.id}", _summary(record))
     _add_outcome(report, record)
+    _add_cases(report, cases)
     _add_stages(report, record)
     _add_plane(report, record)
     _add_figures(report, [metric for metric in record.metrics if metric.stage != _WATCH])
@@ -76,6 +86,23 @@ def _add_outcome(report: Report, record: RoundRecord) -> None:
         decision, *reasons = in_words(verdict)
         report.paragraph(decision)
         report.items(reasons)
+
+
+def _add_cases(report: Report, cases: Sequence[tuple[Case, CaseResult]]) -> None:
+    if not cases:
+        return
+    report.heading("Cases")
+    _, first = cases[0]
+    counts = Counter(result.change for _, result in cases)
+    report.paragraph(", ".join(f"{counts[change]} {change}" for change in _CHANGES) + ".")
+    for change in _CHANGES:
+        rows = [
+            (f"{case.title} ({case.id})", [Response(result.before), Response(result.after)])
+            for case, result in cases
+            if result.change == change
+        ]
+        if rows:
+            report.samples([change, first.incumbent, first.version], rows)
 
 
 def _add_stages(report: Report, record: RoundRecord) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ConditionName = Literal["decided prompts", "win rate", "KL", "gold against proxy", "tax"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy"]
 """The gate's conditions."""
 
 
@@ -57,6 +58,10 @@ class EvaluationSettings(BaseModel):
         le=1,
         description="The gate refuses unless the interval rules out that a benchmark's score fell by more.",
     )
+    cases_may_break: int = Field(
+        0, ge=0, description="How many cases that pass on the version in service may fail on a candidate."
+    )
+    case_tokens: int = Field(256, ge=1, description="The longest answer to a case, in tokens.")
     report_only: list[ConditionName] = Field(
         default_factory=list,
         description="Conditions of the gate that are reported but refuse no candidate.",

@@ -105,7 +105,8 @@ class Forgettings:
         """Delete all of the forgetting's subject from the tables in one transaction; again, it does nothing.
 
         With a completion go all events that judge it, with a rater who is an end user also that user's
-        completions. Those events and completions get tombstones of their own.
+        completions, with any of them the cases that were made from it and what these became as feedback.
+        Those events and completions get tombstones of their own.
         """
         table = tables.forgettings
         with self._engine.begin() as connection:
@@ -113,18 +114,23 @@ class Forgettings:
             row = connection.execute(sa.select(table).where(table.c.id == forgetting_id)).one()
             if row.erasure is not None:
                 return
-            completions, events = _found(connection, row.kind, row.subject, row.at)
+            completions, events, cases = _found(connection, row.kind, row.subject, row.at)
             counts = {
                 "completions": len(completions),
                 "events": len(events),
+                "cases": len(cases),
                 "dead_letters": _delete_letters(connection, row.kind, row.subject),
             }
             _delete(connection, completions, events)
+            _delete_cases(connection, cases)
             if row.kind == "rater":
                 log = tables.rater_log
                 unnamed = sa.update(log).where(log.c.rater == row.subject)
                 connection.execute(unnamed.values(rater=f"sha256:{row.digest}"))
-            buried: list[tuple[Name, int | None]] = [(("completion", id), None) for id in completions]
+            # What a case became as feedback bears its id, and may still be in the queue.
+            buried: list[tuple[Name, int | None]] = [
+                (("completion", id), None) for id in sorted({*completions, *cases})
+            ]
             buried += [(("event", id), position) for id, position in events.items()]
             _bury(connection, row.id, row.at, buried)
             number = connection.execute(
@@ -337,8 +343,8 @@ def _judging(connection: Connection, completion_ids: Collection[str]) -> dict[st
 
 def _found(
     connection: Connection, kind: Subject, subject: str, at: float
-) -> tuple[list[str], dict[str, int | None]]:
-    """Return the ids of the completions that go, and of the events with their positions."""
+) -> tuple[list[str], dict[str, int | None], list[str]]:
+    """Return the ids of the completions that go, of the events with their positions, and of the cases."""
     completions, events = tables.completions.c, tables.events.c
     ids, found = {subject} if kind == "completion" else set(), {}
     if kind == "rater":
@@ -354,10 +360,48 @@ def _found(
         elif (one := completion_of(subject)) is not None:
             ids.add(one)
     found |= _judging(connection, ids)
+    cases = _cases(connection, [(kind, subject)], ids, found)
+    ids |= cases
+    found |= _judging(connection, cases)
     there: set[str] = set()
     for chunk in _chunks(ids):
         there |= set(connection.execute(sa.select(completions.id).where(completions.id.in_(chunk))).scalars())
-    return sorted(there), found
+    return sorted(there), found, sorted(cases)
+
+
+def _cases(
+    connection: Connection, names: Sequence[Name], completions: Collection[str], events: Collection[str]
+) -> set[str]:
+    """Return the ids of the cases that were made from any of these, or from such a case's own answers."""
+    cases, origins = tables.cases, tables.case_origins.c
+    # A case's own answers are recorded under its id.
+    found = {
+        id
+        for chunk in _chunks(completions)
+        for id in connection.execute(sa.select(cases.c.id).where(cases.c.id.in_(chunk))).scalars()
+    }
+    left: set[Name] = {*names, *(("completion", id) for id in completions), *(("event", id) for id in events)}
+    while left:
+        new: set[str] = set()
+        for kind in ("rater", "completion", "event"):
+            for chunk in _chunks([id for of, id in left if of == kind]):
+                made = sa.select(origins.case_id).where(origins.kind == kind, origins.name.in_(chunk))
+                new |= set(connection.execute(made).scalars())
+        new -= found
+        found |= new
+        left = {("completion", id) for id in new}
+        left |= {("event", id) for id in _judging(connection, new)}
+    return found
+
+
+def _delete_cases(connection: Connection, ids: Collection[str]) -> None:
+    for chunk in _chunks(ids):
+        for table, column in (
+            (tables.case_results, tables.case_results.c.case_id),
+            (tables.case_origins, tables.case_origins.c.case_id),
+            (tables.cases, tables.cases.c.id),
+        ):
+            connection.execute(sa.delete(table).where(column.in_(chunk)))
 
 
 def _delete(connection: Connection, completions: Collection[str], events: Collection[str]) -> None:

@@ -94,3 +94,27 @@ def prompt_hash(completion: Completion) -> str:
     else:
         kind, value = "prompt", completion.prompt or ""
     return hashlib.sha256(f"{kind}:{value}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def conversation(completion: Completion) -> list[dict[str, str]] | None:
+    """Return a completion's prompt as turns of plain text; None if it was sent as token ids.
+
+    Text parts of a turn are joined, any other part stays as JSON; a prompt of plain text is one user turn.
+    """
+    if completion.messages is not None:
+        return [
+            {"role": str(turn.get("role", "user")), "content": _plain(turn.get("content"))}
+            for turn in completion.messages
+        ]
+    return None if completion.prompt is None else [{"role": "user", "content": completion.prompt}]
+
+
+def _plain(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list):
+        return "\n".join(
+            part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else json.dumps(part)
+            for part in content
+        )
+    return json.dumps(content)

@@ -106,7 +106,7 @@ class RaterSettings(BaseModel):
         0.1, ge=0, lt=1, description="The share of what a rater is asked that is a gold question."
     )
     trusted: list[str] = Field(
-        default_factory=lambda: ["import"],
+        default_factory=lambda: ["import", "cases"],
         description="Raters or keys, by id, whose votes weigh fully and have no limit.",
     )
     held_out: list[str] = Field(

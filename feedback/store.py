@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,7 +36,7 @@ class StoredEvent:
 
     `waiting`: the record of its completion has not come. `stored`: it counts, from `position` on.
     `superseded`: it counted until `superseded_by` came, of the same rater on the same target. `rejected`: it
-    never counts, for `reason`.
+    never counts, for `reason`. `ingested_at` is when it came, in Unix seconds.
     """
 
     event: Event
@@ -44,6 +44,7 @@ class StoredEvent:
     reason: str | None = None
     position: int | None = None
     superseded_by: str | None = None
+    ingested_at: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ class Store:
         self.raters = RaterRecords(engine, clock)
 
     @property
+    def engine(self) -> Engine:
+        """The database."""
+        return self._engine
+
+    @property
     def forgettings(self) -> Forgettings:
         """What was forgotten in this database."""
         return Forgettings(self._engine, self._clock)
@@ -125,7 +131,7 @@ class Store:
     def completion(self, id: str) -> list[Completion]:
         """Return the recorded parts of a completion in order; [] if it is unknown."""
         with self._reader.connect() as connection:
-            return _completions(connection, [id]).get(id, [])
+            return load_completions(connection, [id]).get(id, [])
 
     def event(self, event_id: str) -> StoredEvent | None:
         """Return an event and what became of it; None if it is unknown here."""
@@ -169,7 +175,7 @@ class Store:
         with self._reader.connect() as connection:
             events = [event_of(row) for row in connection.execute(query)]
             ids = {ref.completion_id for event in events for ref in references(event.feedback)}
-            return Slice(events=events, completions=_completions(connection, sorted(ids)))
+            return Slice(events=events, completions=load_completions(connection, sorted(ids)))
 
     def unjudged(self, limit: int) -> list[Completion]:
         """List the latest records of completions that no event speaks of, newest first."""
@@ -216,7 +222,7 @@ class Store:
         """List the records of the completions that gold questions are about."""
         ids = {ref.completion_id for item in self.raters.gold() for ref in references(item.event.feedback)}
         with self._reader.connect() as connection:
-            found = _completions(connection, sorted(ids))
+            found = load_completions(connection, sorted(ids))
         return [part for id in sorted(found) for part in found[id]]
 
     def replace_scores(self, round_id: int, scores: Iterable[ResponseScore]) -> None:
@@ -291,10 +297,11 @@ def _stored(row: sa.Row[Any]) -> StoredEvent:
         reason=row.reason,
         position=row.position,
         superseded_by=row.superseded_by,
+        ingested_at=row.ingested_at,
     )
 
 
-def _completions(connection: Connection, ids: Sequence[str]) -> dict[str, list[Completion]]:
+def load_completions(connection: Connection, ids: Sequence[str]) -> dict[str, list[Completion]]:
     """Load all parts of the completions that are there, in a few statements."""
     found: dict[str, list[Completion]] = {}
     completions, choices = tables.completions, tables.choices
@@ -313,7 +320,7 @@ def _completions(connection: Connection, ids: Sequence[str]) -> dict[str, list[C
 
 def _parts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> list[Completion]:
     """Load single parts of completions, in the order in which they are wanted."""
-    found = _completions(connection, sorted({id for id, _ in wanted}))
+    found = load_completions(connection, sorted({id for id, _ in wanted}))
     by_part = {(id, part.part): part for id, parts in found.items() for part in parts}
     return [by_part[one] for one in wanted if one in by_part]
 

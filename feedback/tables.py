@@ -1,4 +1,4 @@
-"""The tables of completions, feedback, raters, what was forgotten of them, and API keys."""
+"""The tables of completions, feedback, raters, what was forgotten of them, cases, and API keys."""
 
 import sys
 from array import array
@@ -232,6 +232,49 @@ gold = sa.Table(
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("actor", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
+)
+
+# Prompts whose answers have to meet checks, or be better than a bad answer. Never changed but in what became
+# of them: `trainings` counts how often a case was sent as feedback.
+cases = sa.Table(
+    "cases",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("messages", sa.JSON, nullable=False),
+    sa.Column("checks", sa.JSON, nullable=False),
+    sa.Column("good", sa.Text),
+    sa.Column("bad", sa.Text),
+    sa.Column("trainings", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("added_by", sa.Text, nullable=False),
+    sa.Column("added_at", sa.Double, nullable=False, index=True),
+    sa.Column("removed_by", sa.Text),
+    sa.Column("removed_at", sa.Double),
+)
+
+# What a case was made from, by the names under which that can be forgotten.
+case_origins = sa.Table(
+    "case_origins",
+    METADATA,
+    sa.Column("kind", sa.String(20), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("case_id", sa.Text, sa.ForeignKey("cases.id"), primary_key=True),
+    sa.CheckConstraint("kind IN ('rater', 'completion', 'event')", name="kind"),
+)
+
+# What a round's candidate, and the version in service then, answered to a case.
+case_results = sa.Table(
+    "case_results",
+    METADATA,
+    sa.Column("round_id", sa.Integer, primary_key=True),
+    sa.Column("case_id", sa.Text, sa.ForeignKey("cases.id"), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("incumbent", sa.Text, nullable=False),
+    sa.Column("before", sa.Text, nullable=False),
+    sa.Column("before_passed", sa.Boolean, nullable=False),
+    sa.Column("after", sa.Text, nullable=False),
+    sa.Column("after_passed", sa.Boolean, nullable=False),
 )
 
 keys = sa.Table(

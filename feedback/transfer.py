@@ -22,7 +22,7 @@ from feedback.events import ChoiceRef, Demonstration, Event, Ranking, Rating, Th
 from feedback.preferences import ImportProblem, ProblemHandler, read_preferences
 from feedback.privacy import PrivacyFilter
 from feedback.queue import FeedbackQueue
-from feedback.records import Choice, Completion
+from feedback.records import Choice, Completion, conversation
 from feedback.store import Slice, Store
 
 __all__ = ["ImportCounts", "ImportProblem", "export", "import_preferences", "read_preferences"]
@@ -181,7 +181,7 @@ def _rows(event: Event, window: Slice) -> tuple[str, list[dict[str, Any]] | None
     giver = {"source": event.source, "rater": event.rater, "event_id": event.event_id}
     if isinstance(said, Demonstration):
         prompt = (
-            _prompt(window.completions[said.completion_id][0])
+            conversation(window.completions[said.completion_id][0])
             if said.completion_id is not None
             else [{"role": turn.role, "content": turn.content} for turn in said.messages or []]
         )
@@ -191,7 +191,7 @@ def _rows(event: Event, window: Slice) -> tuple[str, list[dict[str, Any]] | None
         return "preferences", _pairs(said, window, giver)
     completion, choice = _find(ChoiceRef(completion_id=said.completion_id, choice=said.choice), window)
     name, verdict = _verdict(said)
-    prompt = _prompt(completion)
+    prompt = conversation(completion)
     row = {"prompt": prompt, "completion": _reply(choice.text)} | verdict | giver
     return name, None if prompt is None else [row]
 
@@ -203,7 +203,7 @@ def _verdict(said: Thumb | Rating) -> tuple[str, dict[str, Any]]:
 
 
 def _pairs(ranking: Ranking, window: Slice, giver: dict[str, str]) -> list[dict[str, Any]] | None:
-    prompt = _prompt(_find(ranking.groups[0][0], window)[0])
+    prompt = conversation(_find(ranking.groups[0][0], window)[0])
     if prompt is None:
         return None
     pairs = [pair for better, worse in combinations(ranking.groups, 2) for pair in product(better, worse)]
@@ -226,27 +226,6 @@ def _find(ref: ChoiceRef, window: Slice) -> tuple[Completion, Choice]:
             if choice.index == ref.choice:
                 return completion, choice
     raise AssertionError(f"{ref} is judged but not stored")
-
-
-def _prompt(completion: Completion) -> list[dict[str, str]] | None:
-    if completion.messages is not None:
-        return [
-            {"role": str(turn.get("role", "user")), "content": _plain(turn.get("content"))}
-            for turn in completion.messages
-        ]
-    return None if completion.prompt is None else [{"role": "user", "content": completion.prompt}]
-
-
-def _plain(content: Any) -> str:
-    """Flatten a message's content: text parts are joined, any other part stays as JSON."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list):
-        return "\n".join(
-            part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else json.dumps(part)
-            for part in content
-        )
-    return json.dumps(content)
 
 
 def _reply(text: str) -> list[dict[str, str]]:

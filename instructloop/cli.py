@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, canary, dead_letters, evaluations, forget, lineage, raters, rounds, tax
+from instructloop import access, canary, cases, dead_letters, evaluations, fix, forget, lineage, raters, rounds, tax
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -27,6 +27,8 @@ _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
     ("evaluation.tax", "TaxProblem"),
     ("evaluation.run", "EvaluationBusy"),
+    ("feedback.cases", "BadCase"),
+    ("feedback.cases", "UnknownCase"),
     ("feedback.dead_letters", "StillBroken"),
     ("feedback.dead_letters", "UnknownLetter"),
     ("feedback.keys", "RevokedKey"),
@@ -156,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         add("raters", raters.listing, "see who gives feedback; quarantine raters, ask gold questions")
     )
     tax.add_to(add("tax", tax.tax, "measure a served model by benchmarks of lm-evaluation-harness"))
+    cases.add_to(
+        add("cases", cases.listing, "list, add and remove prompts that every later candidate is tried on")
+    )
+    fix.add_to(add("fix", fix.fix, "add a case, train on it and wait until a version serves that passes it"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feedback.cases import Case, CaseResult
     from feedback.forgetting import Forgettings
     from feedback.keys import Keys
     from feedback.rater_records import Gold, RaterLogEntry
@@ -219,6 +220,19 @@ def raters(found: "Sequence[Mapping[str, Any]]") -> Rows:
                 " ".join(notes) or "-",
             )
         )
+    return rows
+
+
+def cases(cases: "Sequence[Case]", last: "Mapping[str, CaseResult]") -> Rows:
+    """Every case with what it asks for, and what the last candidate that was tried on it made of it."""
+    rows: Rows = [("CASE", "TITLE", "BY", "TRAINED", "LAST", "ROUND", "ADDED")]
+    for case in cases:
+        by = ", ".join(str(check["kind"]) for check in case.checks) or "the judge"
+        result = last.get(case.id)
+        change = "removed" if case.removed_at is not None else result.change if result else "-"
+        number = str(result.round_id) if result else "-"
+        sent = f"{case.trainings} times" if case.trainings else "-"
+        rows.append((case.id, text(case.title), by, sent, change, number, _when(case.added_at)))
     return rows
 
 

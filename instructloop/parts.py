@@ -34,6 +34,7 @@ async def serve(config: Config) -> int:
     """Run one serving replica until a signal ends it."""
     import redis.asyncio
 
+    from evaluation.cases import check_case
     from feedback.queue import FeedbackQueue
     from server.app import serve as run
     from server.limits import redis_counters
@@ -62,6 +63,7 @@ async def serve(config: Config) -> int:
             trial_report=canary.open_canary(config, engine).report,
             evaluation_report=lambda number: evaluation_report(config, engine, number).html(),
             raters=config.raters,
+            check_case=check_case,
         )
     finally:
         await client.aclose()
@@ -78,12 +80,17 @@ def replica_id(config: Config) -> str:
 def round_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "Report":
     """Make the report of one round, as far as it is; raises UnknownRound."""
     from evaluation.round_report import round_report as make
+    from feedback.cases import Cases
     from registry.round_record import read_record
     from registry.rounds import Rounds
     from training.samples import SampleLog
 
     record = read_record(Rounds(engine), installation.open_registry(config, engine), number)
-    return make(record, SampleLog(config.data_dir / "rounds" / f"{number:04d}").read())
+    kept = Cases(engine)
+    cases = {case.id: case for case in kept.list(removed=True)}
+    results = kept.results(round_id=number)
+    answered = [(cases[result.case_id], result) for result in results if result.case_id in cases]
+    return make(record, SampleLog(config.data_dir / "rounds" / f"{number:04d}").read(), answered)
 
 
 def evaluation_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "Report":

@@ -77,6 +77,10 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("GET", "/v1/gold", _OPERATOR),
     ("POST", "/v1/gold", _OPERATOR),
     ("DELETE", "/v1/gold/{id}", _OPERATOR),
+    ("GET", "/v1/cases", _OPERATOR),
+    ("POST", "/v1/cases", _OPERATOR),
+    ("GET", "/v1/cases/{id}", _OPERATOR),
+    ("DELETE", "/v1/cases/{id}", _OPERATOR),
 )
 
 

@@ -146,6 +146,69 @@ class Queries(BaseModel):
     queries: list[QueryAnswer]
 
 
+class CaseResultAnswer(BaseModel):
+    """What the version in service answered to a case, and what a round's candidate did."""
+
+    round_id: int
+    at: float
+    version: str
+    incumbent: str
+    before: str
+    before_passed: bool
+    after: str
+    after_passed: bool
+    change: Literal["fixed", "broke", "still failing", "still passing"]
+
+
+class CaseUse(BaseModel):
+    """What a round did with an event of a case."""
+
+    round: int
+    use: str
+    reason: str | None
+
+
+class TaughtAnswer(BaseModel):
+    """One event that was made of a case, and what learned from it."""
+
+    event_id: str
+    status: Literal["queued", "waiting", "stored", "superseded", "rejected"]
+    rounds: list[CaseUse]
+    versions: list[str]
+
+
+class CaseAnswer(BaseModel):
+    """A case; in a list with its last result only. `origins` are the names of what it was made from."""
+
+    id: str
+    title: str
+    messages: list[dict[str, str]]
+    checks: list[dict[str, Any]]
+    good: str | None
+    bad: str | None
+    trainings: int
+    added_by: str
+    added_at: float
+    removed_by: str | None
+    removed_at: float | None
+    origins: dict[str, list[str]]
+    results: list[CaseResultAnswer]
+    taught: list[TaughtAnswer]
+
+
+class CaseList(BaseModel):
+    """Cases, oldest first."""
+
+    cases: list[CaseAnswer]
+
+
+class CaseRemoved(BaseModel):
+    """The case is tried on no candidate any more; what learned from it stays so."""
+
+    removed: str
+    taught: list[TaughtAnswer]
+
+
 class VersionSummary(BaseModel):
     """One version in a list."""
 

@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from feedback.cases import Cases, Validate
 from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
@@ -45,6 +46,7 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -84,12 +86,14 @@ async def serve(
     trial_report: Callable[[], dict[str, Any]],
     evaluation_report: Callable[[int], str],
     raters: RaterSettings,
+    check_case: Validate,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
     `round_report` makes the page about a round and `trial_report` tells of the trial, for operators.
     `round_report` and `evaluation_report` make the pages about a round and an evaluation, for operators.
+    `round_report` makes the page about a round, for operators; `check_case` refuses what makes no case.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -168,6 +172,14 @@ async def serve(
             ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
+            CaseRoutes(
+                cases=Cases(database),
+                queue=queue,
+                store=store,
+                lineage=lineage,
+                audit=audit,
+                validate=check_case,
+            ).router(),
         ]
         app = assemble(
             engine.app,

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.contest import Prompt
 from evaluation.prompts import is_held_out
+from feedback.cases import SOURCE as CASES
 from feedback.events import Demonstration as DemonstrationEvent
 from feedback.events import Event, Ranking, Rating, Thumb
 from feedback.privacy import PrivacyFilter
@@ -63,12 +64,13 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A response that a person wrote."""
+    """A response that a person wrote; `source` is its event's."""
 
     prompt: Prompt
     response: list[int]
     event_id: str = ""
     rater: str = ""
+    source: str = ""
 
 
 @dataclass(slots=True)
@@ -85,6 +87,14 @@ class Side:
     def judged(self) -> list[Comparison | Judgement]:
         """All that reward models are fitted to."""
         return [*self.comparisons, *self.judgements]
+
+    def written(self, settings: TrainingSettings) -> list[Demonstration]:
+        """Return the demonstrations as SFT sees them: those of cases several times."""
+        return [
+            item
+            for item in self.demonstrations
+            for _ in range(settings.sft_case_repeats if item.source == CASES else 1)
+        ]
 
     def items(self) -> list[Comparison | Judgement | Demonstration]:
         """Everything, each item of one event."""
@@ -129,7 +139,7 @@ class Dataset:
         uses += [EventUse(item.event_id, "trained") for item in self.train.judged]
         use: Use = "trained"
         reason = None
-        if len(self.train.demonstrations) < settings.sft_minimum:
+        if len(self.train.written(settings)) < settings.sft_minimum:
             reason = "SFT is skipped for want of demonstrations"
             if settings.algorithm in ("ppo", "rloo"):
                 reason = f"{reason}: only its prompt is used"
@@ -166,14 +176,17 @@ def build(
     builder = _Builder(data, tokenizer, settings)
     for event in events:
         builder.note_checks(event)
-    for event in events:
-        item = builder.item(event)
+    items = [(event, builder.item(event)) for event in events]
+    # Cases are there to be learned from, so their prompts are never held out, whoever else speaks of them.
+    cases = {item.prompt.key for event, item in items if event.key_id == CASES and not isinstance(item, str)}
+    for event, item in items:
         if isinstance(item, str):
             dataset.reasons[event.event_id] = item
             continue
-        held_out = is_held_out(item.prompt.key, settings.held_out_share)
+        key = item.prompt.key
+        held_out = key not in cases and is_held_out(key, settings.held_out_share)
         side = dataset.held_out if held_out else dataset.train
-        if raters is not None and is_held_out_rater(event.rater, raters):
+        if raters is not None and event.key_id != CASES and is_held_out_rater(event.rater, raters):
             if isinstance(item, Comparison):
                 side.by_held_out_raters.append(item)
             else:
@@ -329,7 +342,8 @@ class _Builder:
             if completion is None:
                 return "the completion is no longer stored"
             prompt = self._prompt(completion)
-        return Demonstration(prompt, self._written(written.text), event.event_id, event.rater)
+        text = self._written(written.text)
+        return Demonstration(prompt, text, event.event_id, event.rater, event.source)
 
     def responses(self, completion: Completion) -> tuple[Prompt, list[tuple[int, list[int]]]]:
         """Return a completion's prompt and its choices that aren't empty, each with its index."""

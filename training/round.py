@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation import tax
+from evaluation.cases import CaseChanges, CaseTest, Score, changes
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
@@ -26,6 +27,7 @@ from evaluation.overoptimisation import Point, watch_of
 from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
+from feedback.cases import CaseResult, Cases
 from feedback.records import Completion
 from feedback.store import ResponseScore, Slice, Store
 from feedback.tombstones import digest
@@ -221,7 +223,7 @@ class RoundRun:
     def _sft(self) -> Result:
         """Fine-tune the version in service on what people wrote, where they wrote enough."""
         target, checkpoints = self._directory / "sft", self._directory / "sft_epochs"
-        demonstrations = self._dataset.train.demonstrations
+        demonstrations = self._dataset.train.written(self._settings)
         if len(demonstrations) < self._settings.sft_minimum:
             self._write(load_policy(self._parent.path), target)
             return {
@@ -411,6 +413,36 @@ class RoundRun:
             )
         except tax.TaxProblem as problem:
             raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
+        evidence = replace(
+            evidence,
+            watch=watch_of(self._result("checkpoints")),
+            cases=self._try_cases(candidate, incumbent),
+        )
+        verdict = decide(evidence, self._evaluation)
+        return {**verdict.as_dict(), "incumbent": incumbent.name}
+
+    def _try_cases(self, candidate: Version, incumbent: Version) -> CaseChanges | None:
+        """Put every case to both versions and keep what they answered; None where there are no cases."""
+        kept = Cases(self._store.engine)
+        cases = kept.list()
+        if not cases:
+            return None
+        test = CaseTest(self._tokenizer, self._settings.prompt_tokens, self._evaluation.case_tokens)
+
+        def try_on(version: Version) -> list[tuple[str, bool]]:
+            found = test.answers(self._engine, version.path, cases)
+            passed = test.passed(cases, found, self._score_by_judge)
+            return [(answer.text, passes) for answer, passes in zip(found, passed, strict=True)]
+
+        results = [
+            CaseResult(case.id, candidate.name, incumbent.name, *before, *after)
+            for case, before, after in zip(cases, try_on(incumbent), try_on(candidate), strict=True)
+        ]
+        kept.record_results(self._round.id, results)
+        return changes(results)
+
+    def _score_by_judge(self) -> Score:
+        return partial(score_responses, RewardModel.load(self._directory / "judge"))
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing.

@@ -52,6 +52,9 @@ class TrainingSettings(BaseModel):
     sft_minimum: int = Field(
         16, ge=1, description="With fewer demonstrations than this the SFT stage is skipped."
     )
+    sft_case_repeats: int = Field(
+        16, ge=1, description="In SFT the good answer of a case counts as so many demonstrations."
+    )
     sft_epochs: int = Field(3, ge=1, description="Passes over the demonstrations in the SFT stage.")
     sft_learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the SFT stage.")
     sft_checkpoints: int = Field(

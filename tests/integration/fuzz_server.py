@@ -14,7 +14,9 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
+from evaluation.cases import check_case
 from feedback import ingest
+from feedback.cases import Cases
 from feedback.dead_letters import DeadLetters
 from feedback.events import Event, Thumb
 from feedback.keys import Keys
@@ -35,6 +37,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits, redis_counters
 from server.metrics import ServerMetrics
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -142,6 +145,14 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                 ).router(),
                 LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
                 DeadLetterRoutes(dead_letters, audit).router(),
+                CaseRoutes(
+                    cases=Cases(database),
+                    queue=queue,
+                    store=store,
+                    lineage=lineage,
+                    audit=audit,
+                    validate=check_case,
+                ).router(),
             ]
             config.app = assemble(
                 Starlette(),

@@ -94,7 +94,13 @@ def test_a_rater_goes_with_all_that_they_said_and_others_stay(
     assert [one.event_id for one in store.slice(0, store.head()).events] == ["e4", "e5", "e6"]
     forgetting = store.forgettings.get(number)
     assert (forgetting.kind, forgetting.actor, forgetting.at) == ("rater", "ann the operator", NOW)
-    assert forgetting.counts == {"completions": 0, "events": 4, "dead_letters": 0, "in_the_queue": 0}
+    assert forgetting.counts == {
+        "completions": 0,
+        "events": 4,
+        "cases": 0,
+        "dead_letters": 0,
+        "in_the_queue": 0,
+    }
     assert forgetting.digest == digest(("rater", "k1/r1"))
     assert store.forgettings.traces(number) == [(1, 1), (2, 1), (3, 1)]
     # Not even the id is left, in any table.
@@ -113,6 +119,7 @@ def test_an_end_user_goes_with_the_prompts_and_all_votes_on_them(
     assert store.forgettings.get(number).counts == {
         "completions": 2,
         "events": 3,
+        "cases": 0,
         "dead_letters": 0,
         "in_the_queue": 0,
     }
@@ -325,6 +332,7 @@ def test_many_events_and_completions(store: Store, forget: Callable[..., int]) -
     assert store.forgettings.get(number).counts == {
         "completions": 1100,
         "events": 1100,
+        "cases": 0,
         "dead_letters": 0,
         "in_the_queue": 0,
     }

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.feedback_samples import entries
 from integration.round_process import ENGINE_SECONDS, RoundInstallation
 from safetensors.torch import load_file
 from unit.training.tiny import TransformersSampler, tiny_model, tiny_tokenizer
 
+from evaluation.cases import check_case
 from evaluation.settings import EvaluationSettings
+from feedback.cases import Case, Cases, NewCase, training_records
+from feedback.records import Completion, prompt_hash
+from instructloop import parts
+from instructloop.config import Config
 from registry.lineage import Lineage
 from registry.rounds import Round
+from training.dataset import is_held_out
 from training.settings import TrainingSettings
 from training.trainer import Trainer
 
@@ -120,6 +127,80 @@ def _check_lineage(installation: RoundInstallation, round_: Round, stages: Mappi
         assert (stored.position <= (round_.cursor or 0)) == (event.use == "older")
         learned = lineage.learned(event.event_id)
         assert (round_.version in learned) == (event.use != "held_out")
+
+
+def test_a_round_tries_its_candidate_on_cases_learns_from_them_and_tells_what_changed(
+    installation: RoundInstallation,
+) -> None:
+    installation.give_feedback(seed=4)
+    cases = Cases(installation.engine)
+
+    def add(prompt: str, check: dict[str, Any], **fields: Any) -> Case:
+        messages = [{"role": "user", "content": prompt}]
+        new = NewCase.model_validate({"messages": messages, "checks": [check], **fields})
+        return cases.add(new, actor="ann", validate=check_case)
+
+    # Its prompt would be held out, if it were not a case's.
+    prompt = next(text for n in range(50) if is_held_out(prompt_hash(_asked(text := f"w50 w{n}")), 0.3))
+    fixed = add(prompt, {"kind": "required_words", "words": ["w20"]}, good="w20 w21 w22 w23")
+    broken = add("w1 w2", {"kind": "forbidden_words", "words": ["w7"]})
+    judged = cases.add(
+        NewCase.model_validate(
+            {"messages": [{"role": "user", "content": "w3 w4"}], "good": "w7 w7", "bad": "w8 w9 w10"}
+        ),
+        actor="ann",
+        validate=check_case,
+    )
+    fixed = cases.begin_training(fixed.id)
+    record, events = training_records(fixed, 3.0)
+    installation.store.ingest(entries(record, *events))
+    round_ = Trainer(
+        settings=TrainingSettings(
+            minimum_judged=4,
+            sft_learning_rate=5e-3,
+            sft_case_repeats=40,
+            sft_checkpoints=1,
+            reward_heads=1,
+            reward_epochs=10,
+            reward_learning_rate=3e-3,
+            ppo_updates=1,
+            ppo_batch=8,
+            ppo_response_tokens=4,
+        ),
+        # The base says one word over and over, which from three on passes nothing.
+        evaluation=EvaluationSettings(max_tokens=4, samples_per_prompt=1, case_tokens=2),
+        store=installation.store,
+        registry=installation.registry,
+        rounds=installation.rounds,
+        data_dir=installation.directory,
+        max_model_len=128,
+        make_sampler=lambda model_dir, _: TransformersSampler(model_dir),
+    ).run_once()
+    assert round_ is not None
+    assert round_.state == "done", round_.error
+    assert round_.version is not None
+    found = {result.case_id: result for result in cases.results(round_id=round_.id)}
+    assert (found[fixed.id].change, found[fixed.id].after) == ("fixed", "w20 w21")
+    assert (found[broken.id].change, found[broken.id].after) == ("broke", "w7 w7")
+    # The judge was fitted to rankings in which more w7 is better.
+    assert found[judged.id].after_passed
+    verdict = round_.verdict or {}
+    (condition,) = [one for one in verdict["conditions"] if one["name"] == "cases"]
+    assert (verdict["promote"], condition["passed"]) == (False, False)
+    assert condition["figures"]["cases"]["broke"] == [broken.id]
+    assert fixed.id in condition["sentence"]
+    assert installation.registry.version(round_.version).state == "rejected"
+    (used,) = Lineage(installation.engine).uses(fixed.event_ids[0])
+    assert (used.use, used.reason) == ("trained", None)
+    page = parts.round_report(Config(data_dir=installation.directory), installation.engine, round_.id).html()
+    assert "1 fixed, 1 broke" in page
+    assert "w20 w21" in page
+
+
+def _asked(text: str) -> Completion:
+    """The completion that a case of this prompt is recorded as."""
+    messages = [{"role": "user", "content": text}]
+    return Completion(id="c", key_id="k", endpoint="cases", created_at=1.0, messages=messages, choices=[])
 
 
 def test_a_reward_backbone_with_another_vocabulary_is_refused_at_once(

@@ -90,12 +90,18 @@ def light_modules() -> list[str]:
     named += ["evaluation.round_report", "evaluation.canary", "training.samples"]
     # A server makes the pages of rounds and evaluations.
     named += ["evaluation.round_report", "training.samples", "evaluation.evaluation_report"]
+    named += [
+        "evaluation.round_report",
+        "evaluation.cases",
+        "training.samples",
+    ]  # a server makes a round's page
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
     for name in (
         "access",
         "canary",
+        "cases",
         "cli",
         "config",
         "supervisor",
@@ -107,6 +113,7 @@ def light_modules() -> list[str]:
         "listings",
         "raters",
         "rounds",
+        "fix",
         "forget",
         "upkeep",
         "parts",

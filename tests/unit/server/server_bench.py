@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from evaluation.cases import check_case
+from feedback.cases import Cases
 from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
@@ -32,6 +34,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits
 from server.metrics import ServerMetrics
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -81,6 +84,10 @@ class MemoryQueue:
                 receipts.append(Receipt(self.bodies[event.key_id, str(key)][0], False, conflict=True))
         self._check()
         return receipts
+
+    async def record(self, completions: Sequence[Completion]) -> None:
+        self._check()
+        self.recorded += completions
 
     async def record_encoded(self, records: Sequence[bytes], schema: str = SCHEMA) -> None:
         self._check()
@@ -176,6 +183,14 @@ class Bench:
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
+            CaseRoutes(
+                cases=Cases(self.database),
+                queue=self.queue,
+                store=self.store,
+                lineage=lineage,
+                audit=audit,
+                validate=check_case,
+            ).router(),
         ]
         self.app = assemble(
             engine_app(),

@@ -27,7 +27,13 @@ async def test_a_completion_is_forgotten_at_once_and_spoken_of_no_more(bench: Be
             assert report["actor"] == f"key {bench.key_ids['operator']} (operator)"
             assert report["sha256"] == digest(("completion", id_))
             assert report["left"] == ["queue", "files", "database"]
-            assert report["erased"] == {"completions": 1, "events": 1, "dead_letters": 0, "in_the_queue": 0}
+            assert report["erased"] == {
+                "completions": 1,
+                "events": 1,
+                "cases": 0,
+                "dead_letters": 0,
+                "in_the_queue": 0,
+            }
             assert (report["versions"], report["rounds"], report["exports"]) == ([], [], [])
             assert "backups" in report["out_of_reach"]
             assert (await operator.get(f"/v1/forget/{report['id']}")).json() == report
