@@ -47,10 +47,8 @@ class Evidence:
 
     `kl` is the candidate's mean KL from the version in service in nats a response, None when not measured;
     `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. What is measured
-    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch, and `tax`, the
-    changes on benchmarks.
-    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch; `cases`, what
-    the candidate changed on them.
+    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch, `cases`,
+    what the candidate changed on them, and `tax`, the changes on benchmarks.
     """
 
     judge: Interval | None

@@ -119,9 +119,6 @@ def _add_stages(report: Report, record: RoundRecord) -> None:
         for stage in record.stages:
             # The gate's result is the verdict, and the watch's is on its plane.
             if stage.result and stage.name != "gate" and "points" not in stage.result:
-                report.table(["result", "value"], _flat(stage.result), caption=stage.name)
-            # The gate's result is the verdict.
-            if stage.result and stage.name != "gate":
                 report.table(["result", "value"], flat(stage.result), caption=stage.name)
 
 

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ConditionName = Literal["decided prompts", "win rate", "KL", "gold against proxy", "tax"]
-ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy", "tax"]
 """The gate's conditions."""
 
 

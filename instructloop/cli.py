@@ -16,7 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, canary, cases, dead_letters, evaluations, fix, forget, lineage, raters, rounds, tax
+from instructloop import (
+    access,
+    canary,
+    cases,
+    dead_letters,
+    evaluations,
+    fix,
+    forget,
+    lineage,
+    raters,
+    rounds,
+    tax,
+)
 
 if TYPE_CHECKING:
     from instructloop.config import Config

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from feedback.keys import Keys
     from feedback.rater_records import Gold, RaterLogEntry
     from registry.audit import AuditEntry
-    from registry.registry import Registry, Version
     from registry.evaluations import Evaluation
-    from registry.registry import Registry
+    from registry.registry import Registry, Version
     from registry.round_record import Difference, RoundRecord
     from registry.rounds import Rounds
 

@@ -8,9 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from registry.audit import AuditEntry
-from registry.registry import Manifest, Replica, Trial
 from registry.evaluations import Evaluation
-from registry.registry import Manifest, Replica
+from registry.registry import Manifest, Replica, Trial
 from registry.rounds import Metric, Round
 from registry.states import State
 

@@ -91,9 +91,8 @@ async def serve(
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
-    `round_report` makes the page about a round and `trial_report` tells of the trial, for operators.
-    `round_report` and `evaluation_report` make the pages about a round and an evaluation, for operators.
-    `round_report` makes the page about a round, for operators; `check_case` refuses what makes no case.
+    `round_report` and `evaluation_report` make the pages about a round and an evaluation, `trial_report`
+    tells of the trial, `check_case` refuses what makes no case.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)

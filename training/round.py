@@ -393,9 +393,8 @@ class RoundRun:
         kl = kl_from(load_policy(incumbent.path), prompts, ours, self._evaluation.temperature)
         evidence = gather(comparisons, kl, self._evaluation, seed=seed)
         watch = watch_of(self._result("checkpoints"))
-        verdict = decide(
-            replace(evidence, watch=watch, tax=self._tax(candidate, incumbent)), self._evaluation
-        )
+        cases, benchmarks = self._try_cases(candidate, incumbent), self._tax(candidate, incumbent)
+        verdict = decide(replace(evidence, watch=watch, cases=cases, tax=benchmarks), self._evaluation)
         return {**verdict.as_dict(), "incumbent": incumbent.name}
 
     def _tax(self, candidate: Version, incumbent: Version) -> tuple[tax.Change, ...] | None:
@@ -413,13 +412,6 @@ class RoundRun:
             )
         except tax.TaxProblem as problem:
             raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
-        evidence = replace(
-            evidence,
-            watch=watch_of(self._result("checkpoints")),
-            cases=self._try_cases(candidate, incumbent),
-        )
-        verdict = decide(evidence, self._evaluation)
-        return {**verdict.as_dict(), "incumbent": incumbent.name}
 
     def _try_cases(self, candidate: Version, incumbent: Version) -> CaseChanges | None:
         """Put every case to both versions and keep what they answered; None where there are no cases."""

@@ -136,6 +136,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     registry=registry,
                     audit=audit,
                     report=Canary(database, registry, RolloutSettings()).report,
+                ).router(),
                 EvaluationRoutes(
                     evaluations=Evaluations(database),
                     registry=registry,

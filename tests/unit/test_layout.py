@@ -86,15 +86,9 @@ def test_there_is_no_drawer_module() -> None:
 
 def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
-    # A server makes a round's page and tells of the trial.
-    named += ["evaluation.round_report", "evaluation.canary", "training.samples"]
-    # A server makes the pages of rounds and evaluations.
-    named += ["evaluation.round_report", "training.samples", "evaluation.evaluation_report"]
-    named += [
-        "evaluation.round_report",
-        "evaluation.cases",
-        "training.samples",
-    ]  # a server makes a round's page
+    # A server makes the pages of rounds and evaluations, tells of the trial and refuses a bad case.
+    named += ["evaluation.round_report", "evaluation.evaluation_report", "training.samples"]
+    named += ["evaluation.canary", "evaluation.cases"]
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")

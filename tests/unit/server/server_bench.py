@@ -174,6 +174,7 @@ class Bench:
                 registry=self.registry,
                 audit=audit,
                 report=Canary(self.database, self.registry, RolloutSettings()).report,
+            ).router(),
             EvaluationRoutes(
                 evaluations=Evaluations(self.database),
                 registry=self.registry,
