@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, dead_letters, forget, lineage, raters, rounds
+from instructloop import access, canary, dead_letters, forget, lineage, raters, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_train(add("train", _train, "run training rounds"))
     _add_versions(add)
+    canary.add_to(add)
     rounds.add_to(
         add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
     )

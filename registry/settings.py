@@ -30,3 +30,24 @@ class RolloutSettings(BaseModel):
         le=3600,
         description="How long `?wait=true` waits at most until the replicas serve a promoted version.",
     )
+    canary_rule: bool = Field(
+        True, description="Promote or roll back a canary by its users' votes; false leaves it to operators."
+    )
+    canary_alpha: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="The chance that a canary no worse is rolled back, and that one worse is promoted, each.",
+    )
+    canary_margin: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="It is promoted if its share of good votes lies less than this below the stable one's.",
+    )
+    canary_minimum_votes: int = Field(
+        50, ge=1, description="The fewest votes on a canary for its promotion; it is rolled back with fewer."
+    )
+    canary_hours: float = Field(
+        168.0, gt=0, description="A canary on which the votes decide nothing in so many hours is withdrawn."
+    )

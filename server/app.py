@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 import uvicorn
@@ -51,6 +52,7 @@ from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
+from server.routes_trial import TrialRoutes
 from server.routing import Router
 from server.settings import ServerSettings
 from server.swap import Swapper, is_proven
@@ -79,12 +81,13 @@ async def serve(
     replica_id: str,
     waiting_hours: float,
     round_report: Callable[[int], str],
+    trial_report: Callable[[], dict[str, Any]],
     raters: RaterSettings,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
-    `round_report` makes the page about a round, for operators.
+    `round_report` makes the page about a round and `trial_report` tells of the trial, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -165,6 +168,7 @@ async def serve(
                 wait_seconds=rollout.wait_seconds,
                 round_report=round_report,
             ).router(),
+            TrialRoutes(registry=registry, audit=audit, report=trial_report).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
         ]

@@ -19,10 +19,12 @@ from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
+from instructloop.canary import Canary
 from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
+from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
@@ -35,6 +37,7 @@ from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
+from server.routes_trial import TrialRoutes
 from server.settings import ServerSettings
 
 
@@ -155,6 +158,11 @@ class Bench:
                 wait_seconds=0.5,
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
+            ).router(),
+            TrialRoutes(
+                registry=self.registry,
+                audit=audit,
+                report=Canary(self.database, self.registry, RolloutSettings()).report,
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
