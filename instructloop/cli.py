@@ -143,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         return found
 
     add("up", _up, "run everything on this machine until Ctrl-C")
-    add("serve", _serve, "run one serving replica")
+    serve = add("serve", _serve, "run one serving replica")
+    serve.add_argument(
+        "--track",
+        choices=["stable", "trial"],
+        help="follow the stable version, or the one on trial while there is one (default: configured)",
+    )
     ingest = add("ingest", _ingest, "move completions and feedback from Redis to the database")
     ingest.add_argument(
         "--consumer", metavar="NAME", help="its name in Redis' group (default: host and process id)"
@@ -284,9 +289,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from instructloop import parts
 
     _log_to_stderr()
+    config = _config(arguments)
+    if arguments.track is not None:
+        server = config.server.model_copy(update={"track": arguments.track})
+        config = config.model_copy(update={"server": server})
     # The event loop that uvicorn, and vLLM's own server, would pick: uvloop where it is installed.
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(parts.serve(_config(arguments)))
+        return runner.run(parts.serve(config))
 
 
 def _ingest(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,19 @@ class RolloutSettings(BaseModel):
     watch_seconds: float = Field(
         1.0, gt=0, le=60, description="How often a replica looks at the registry for the version to serve."
     )
+    max_unavailable: int = Field(
+        1,
+        ge=1,
+        description="Most replicas of a track that swap at the same time; others wait their turn.",
+    )
+    shadow_copies: int = Field(
+        16,
+        ge=1,
+        description="Most copies of requests that one replica has under way to a shadow; more are dropped.",
+    )
+    trial_replica: bool = Field(
+        True, description="Whether `up` starts a second replica while a version is on trial."
+    )
     wait_seconds: float = Field(
         120.0,
         gt=0,

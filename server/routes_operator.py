@@ -33,10 +33,9 @@ from server.body import parse_object
 from server.context import CALLER, Caller
 from server.errors import Problem
 from server.openapi import problems, takes
+from server.swap import STALE_SECONDS
 
 RoundId = Annotated[int, Path(ge=1, lt=2**31)]
-STALE_SECONDS = 30.0
-"""A replica that has said nothing for so long is not waited for."""
 
 
 class OperatorRoutes:
@@ -202,14 +201,14 @@ def page(html: str) -> Response:
 
 
 def progress(replicas: list[Replica], name: str, *, now: float) -> Literal["served", "failed", "pending"]:
-    """How far the replicas are with serving `name`; those that stopped or fell silent don't count.
+    """How far the stable replicas are with serving `name`; those that stopped or fell silent don't count.
 
     `now` is in Unix seconds.
     """
     live = [
         replica
         for replica in replicas
-        if replica.state != "stopped" and now - replica.seen_at < STALE_SECONDS
+        if replica.track == "stable" and replica.state != "stopped" and now - replica.seen_at < STALE_SECONDS
     ]
     if any(replica.state == "failed" and replica.desired == name for replica in live):
         return "failed"

@@ -3,13 +3,13 @@
 A version is verified on disk and fingerprinted before generation stops; then requests are frozen, the
 weights replaced, read back and compared, caches dropped, and requests go on. Whatever fails, requests go
 on: with the last good version, or, if that can't be loaded either, with nobody let in until one can.
-It does not choose versions: `registry` does.
+Of the replicas of a track no more than some swap at once. It does not choose versions: `registry` does.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,10 @@ from server.metrics import ServerMetrics
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 30.0
+"""A replica that has said nothing for so long is taken for gone."""
+
+_PROOF = "engine_sha256_"
 _T = TypeVar("_T")
 
 
@@ -80,8 +84,25 @@ def target(desired: Desired | None, status: Status, *, now: float, retry_seconds
     return desired.name
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A version that was found whole on disk, with the fingerprint that an engine must have of it."""
+
+    desired: Desired
+    version: Version
+    expected: Mapping[str, str]
+
+
+def is_proven(version: Version) -> bool:
+    """Whether an engine has held this version whole before, on any topology."""
+    return any(key.startswith(_PROOF) for key in version.manifest.metrics)
+
+
 class Swapper:
-    """Watches the registry for one replica, `identity` of which is reported with every change of state."""
+    """Watches the registry for one replica, `identity` of which is reported with every change of state.
+
+    It follows the identity's track; `max_unavailable` replicas of a track swap at the same time.
+    """
 
     def __init__(
         self,
@@ -92,7 +113,9 @@ class Swapper:
         *,
         watch_seconds: float,
         retry_seconds: float,
+        max_unavailable: int = 1,
         fingerprint_checkpoint: Callable[[Path, str], dict[str, str]] = proof.checkpoint_fingerprint,
+        difference: Callable[[Path, Path], str | None] = proof.difference,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -100,8 +123,12 @@ class Swapper:
         self._identity = identity
         self._watch_seconds = watch_seconds
         self._retry_seconds = retry_seconds
+        self._max_unavailable = max_unavailable
         self._fingerprint_checkpoint = fingerprint_checkpoint
+        self._difference = difference
+        self._checked: _Checked | None = None
         self._reported: tuple[Replica, float] | None = None
+        self._reporting = asyncio.Lock()
         # The engine's whole fingerprint while it holds `status.serving`, and the tensors in it that this
         # engine is known to keep exactly as a checkpoint's files have them.
         self._held: dict[str, str] = {}
@@ -137,22 +164,24 @@ class Swapper:
 
     async def run(self) -> None:
         """Follow the registry until cancelled; a database that is away is waited for."""
-        while True:
-            try:
-                await self.step()
-            except SQLAlchemyError as error:
-                logger.error("the registry can't be read: %s", error)
-            await asyncio.sleep(self._watch_seconds)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_repeat(self.step, self._watch_seconds))
+            # Beside it: checking and loading a large version takes longer than a replica may be silent.
+            group.create_task(_repeat(self._beat, HEARTBEAT_SECONDS))
 
     async def step(self) -> None:
-        """Look once, swap if needed, and report."""
-        desired = await _thread(self._registry.desired)
+        """Look once, swap if needed and allowed, and report."""
+        desired = await _thread(self._registry.desired, self._identity.track)
         wanted = target(desired, self.status, now=time.monotonic(), retry_seconds=self._retry_seconds)
-        if desired is not None and wanted is not None:
-            await self._report(desired, "swapping", f"loading {wanted}")
-            await self._swap(desired)
+        waits = False
+        if desired is not None and wanted is not None and (checked := await self._check(desired)) is not None:
+            waits = not await self._begin(checked)
+            if not waits:
+                await self._swap(checked)
         failure = self.status.failure
-        if failure is not None and desired is not None and desired.name != self.status.serving:
+        if waits:
+            await self._report(desired, "serving", f"waiting for its turn to load {wanted}")
+        elif failure is not None and desired is not None and desired.name != self.status.serving:
             await self._report(desired, "failed", failure.detail)
         elif not self.status.proven:
             await self._report(desired, "failed", self.obstacle() or "")
@@ -163,19 +192,53 @@ class Swapper:
         """Say that this replica serves no more."""
         await _thread(self._registry.report, replace(self._identity, actual=None, state="stopped"))
 
-    async def _swap(self, desired: Desired) -> None:
+    async def _check(self, desired: Desired) -> _Checked | None:
+        """Return the wanted version, found whole and fit for this engine; None if it is not, which is noted.
+
+        It is done once each time that a version is wanted: a replica that waits its turn does not repeat it.
+        """
+        if self._checked is not None and self._checked.desired == desired:
+            return self._checked
         try:
             version = await _thread(self._registry.version, desired.name)
             # Hashing every file also brings the checkpoint into memory, so that loading it is quick.
             await _thread(self._registry.verify, desired.name)
             expected = await self._expected(version)
-        except (BrokenVersion, KeyError, OSError, ValueError) as error:
+            await self._require_fit(version, expected)
+        except (BrokenVersion, KeyError, OSError, ValueError, UnprovenWeights) as error:
             self._failed(desired, error)
-            return
+            return None
+        self._checked = _Checked(desired, version, expected)
+        return self._checked
+
+    async def _require_fit(self, version: Version, expected: Mapping[str, str]) -> None:
+        """Raise UnprovenWeights for a model of another architecture, or one that lacks a tensor."""
+        held = await _thread(self._registry.version, self.status.serving)
+        found = await _thread(self._difference, held.path, version.path)
+        if found is not None:
+            raise UnprovenWeights(f"{version.name} is not the model that this engine was built for: {found}")
+        if missing := sorted(self._comparable - expected.keys()):
+            raise UnprovenWeights(f"{version.name} lacks {missing[0]}")
+
+    async def _begin(self, checked: _Checked) -> bool:
+        """Take this replica's turn; False if others have it. One that serves nobody needs none."""
+        replica = self._replica(checked.desired, "swapping", f"loading {checked.version.name}")
+        if not self.status.proven:
+            await self._send(replica)
+            return True
+        async with self._reporting:
+            begun = await _thread(self._registry.begin_swap, replica, self._max_unavailable, STALE_SECONDS)
+            if begun:
+                self._reported = (replica, time.monotonic())
+        return begun
+
+    async def _swap(self, checked: _Checked) -> None:
+        # When it is wanted anew, it is looked at anew.
+        self._checked = None
         started = time.monotonic()
         await self._engine.pause()
         try:
-            await self._replace(desired, version, expected)
+            await self._replace(checked.desired, checked.version, checked.expected)
         finally:
             await self._engine.resume()
         seconds = time.monotonic() - started
@@ -226,7 +289,7 @@ class Swapper:
 
     async def _compare_with_past(self, version: Version, held: Mapping[str, str]) -> None:
         """Require the same tensors of a version each time that it is loaded, on the same topology."""
-        key = f"engine_sha256_{self._engine.topology}"
+        key = f"{_PROOF}{self._engine.topology}"
         found = proof.digest(held)
         known = version.manifest.metrics.get(key)
         if known is None:
@@ -247,8 +310,27 @@ class Swapper:
         self.status = replace(self.status, failure=Failure(desired.sequence, time.monotonic(), detail))
 
     async def _report(self, desired: Desired | None, state: str, detail: str) -> None:
-        """Tell the registry what changed; without a change, only that this replica is alive."""
-        replica = replace(
+        """Tell the registry what has changed."""
+        replica = self._replica(desired, state, detail)
+        if self._reported is None or self._reported[0] != replica:
+            await self._send(replica)
+
+    async def _beat(self) -> None:
+        """Say again what was said last, if that is some time ago: this replica is alive."""
+        if self._reported is not None and time.monotonic() > self._reported[1] + HEARTBEAT_SECONDS / 2:
+            await self._send()
+
+    async def _send(self, replica: Replica | None = None) -> None:
+        """Write a report down, without one the last. One after the other, so that the newest stands."""
+        async with self._reporting:
+            if replica is None and self._reported is not None:
+                replica = self._reported[0]
+            if replica is not None:
+                await _thread(self._registry.report, replica)
+                self._reported = (replica, time.monotonic())
+
+    def _replica(self, desired: Desired | None, state: str, detail: str) -> Replica:
+        return replace(
             self._identity,
             desired=desired.name if desired else None,
             actual=self.status.serving if self.status.proven else None,
@@ -256,13 +338,15 @@ class Swapper:
             detail=detail,
             last_swap_seconds=self.status.last_swap_seconds,
         )
-        now = time.monotonic()
-        if self._reported is not None:
-            known, at = self._reported
-            if known == replica and now < at + HEARTBEAT_SECONDS:
-                return
-        await _thread(self._registry.report, replica)
-        self._reported = (replica, now)
+
+
+async def _repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
+    while True:
+        try:
+            await action()
+        except SQLAlchemyError as error:
+            logger.error("the registry can't be read: %s", error)
+        await asyncio.sleep(seconds)
 
 
 async def _thread(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

@@ -7,11 +7,12 @@ from pathlib import Path
 import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
-from limits.aio.storage import MemoryStorage
+from limits.aio.storage import MemoryStorage, Storage
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from evaluation.cases import check_case
 from feedback.cases import Cases
@@ -44,6 +45,7 @@ from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.routes_trial import TrialRoutes
+from server.routing import Router
 from server.settings import ServerSettings
 
 
@@ -132,11 +134,14 @@ class Bench:
     settings: ServerSettings = field(
         default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
     )
+    routing: Router | None = None
+    engine: ASGIApp | None = None
+    counters: Storage = field(default_factory=MemoryStorage)
 
     def __post_init__(self) -> None:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
         # In memory: Redis' counters are tested with a real one.
-        limits = Limits(MemoryStorage(), self.settings, self.metrics)
+        limits = Limits(self.counters, self.settings, self.metrics)
         audit = AuditLog(self.database)
         routers: list[APIRouter] = [
             StateRoutes(
@@ -194,13 +199,14 @@ class Bench:
             ).router(),
         ]
         self.app = assemble(
-            engine_app(),
+            self.engine or engine_app(),
             routers,
             settings=self.settings,
             identity=self.identity,
             authenticator=Authenticator(Keys(self.database), self.identity),
             limits=limits,
             obstacle=lambda: self.obstacle,
+            routing=self.routing,
         )
 
     def http(self, who: str | None = None, **headers: str) -> httpx.AsyncClient:

@@ -1,5 +1,6 @@
 """When a replica swaps, what it proves, and what it does when something fails; on a real registry."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry import proof
-from registry.registry import Desired, Registry, Replica
+from registry.registry import Desired, Registry, Replica, Track
 from server.metrics import ServerMetrics
 from server.swap import Failure, Status, Swapper, UnprovenWeights, target
 
@@ -80,6 +81,11 @@ def read(directory: Path, dtype: str) -> dict[str, str]:
     return found
 
 
+def other_model(held: Path, other: Path) -> str | None:
+    names = read(held, "bfloat16").keys(), read(other, "bfloat16").keys()
+    return f"it has {sorted(names[1] - names[0])[0]}" if names[1] - names[0] else None
+
+
 @dataclass
 class Rig:
     engine: FakeEngine
@@ -88,11 +94,36 @@ class Rig:
     metrics: ServerMetrics
 
     def replica(self) -> Replica:
-        (found,) = self.registry.replicas()
+        return self.of("replica")
+
+    def of(self, id: str) -> Replica:
+        (found,) = [replica for replica in self.registry.replicas() if replica.id == id]
         return found
+
+    async def another(self, id: str, track: Track = "stable") -> "Rig":
+        """One more replica of the same registry."""
+        engine = FakeEngine({"a": "a0", "b": "b0"})
+        swapper = make(engine, self.registry, self.metrics, Replica(id, None, None, "starting", track=track))
+        await swapper.begin(self.registry.version("policy-0000"))
+        engine.calls.clear()
+        return Rig(engine, self.registry, swapper, self.metrics)
 
     def promote(self, name: str) -> None:
         self.registry.promote(name, actor="test", reason="")
+
+
+def make(engine: FakeEngine, registry: Registry, metrics: ServerMetrics, identity: Replica) -> Swapper:
+    return Swapper(
+        engine,
+        registry,
+        metrics,
+        identity,
+        watch_seconds=0.01,
+        retry_seconds=3600,
+        max_unavailable=1,
+        fingerprint_checkpoint=read,
+        difference=other_model,
+    )
 
 
 @pytest.fixture
@@ -101,16 +132,7 @@ async def rig(registry: Registry, publish: Callable[[str], str], metrics: Server
     publish('{"a": "a1", "b": "b1"}')
     registry.promote("policy-0000", actor="test", reason="")
     engine = FakeEngine({"a": "a0", "b": "b0"})
-    identity = Replica("replica", None, None, "starting")
-    swapper = Swapper(
-        engine,
-        registry,
-        metrics,
-        identity,
-        watch_seconds=0.01,
-        retry_seconds=3600,
-        fingerprint_checkpoint=read,
-    )
+    swapper = make(engine, registry, metrics, Replica("replica", None, None, "starting"))
     await swapper.begin(registry.version("policy-0000"))
     engine.calls.clear()
     return Rig(engine, registry, swapper, metrics)
@@ -224,3 +246,105 @@ async def test_a_start_on_other_weights_than_before_is_refused(rig: Rig) -> None
     rig.engine.weights = {"a": "a0", "b": "flipped"}
     with pytest.raises(UnprovenWeights):
         await rig.swapper.begin(rig.registry.version("policy-0000"))
+
+
+async def test_another_architecture_or_a_missing_tensor_never_reaches_the_engine(
+    rig: Rig, publish: Callable[[str], str]
+) -> None:
+    for weights, why in (
+        ('{"a": "a2", "b": "b2", "c": "c2"}', "not the model that this engine was built for: it has c"),
+        ('{"a": "a2"}', "lacks b"),
+    ):
+        rig.promote(publish(weights))
+        await rig.swapper.step()
+        assert rig.engine.calls == []
+        assert (rig.replica().state, rig.replica().actual) == ("failed", "policy-0000")
+        assert why in rig.replica().detail
+
+
+async def test_a_replica_waits_its_turn_and_takes_it_without_checking_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = await rig.another("second")
+    rig.promote("policy-0001")
+    pausing, going_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        second.engine.paused = True
+        pausing.set()
+        await going_on.wait()
+
+    monkeypatch.setattr(second.engine, "pause", pause)
+    swapping = asyncio.create_task(second.swapper.step())
+    await pausing.wait()
+    assert (rig.of("second").state, rig.of("second").detail) == ("swapping", "loading policy-0001")
+    for _ in range(3):
+        await rig.swapper.step()
+    assert rig.engine.calls == []
+    waiting = rig.replica()
+    assert (waiting.state, waiting.actual) == ("serving", "policy-0000")
+    assert waiting.detail == "waiting for its turn to load policy-0001"
+    going_on.set()
+    await swapping
+    # Whole when it was looked at: what is loaded is compared with that in any case.
+    monkeypatch.setattr(rig.registry, "verify", lambda name: pytest.fail("it was checked already"))
+    await rig.swapper.step()
+    assert [rig.of(id).actual for id in ("replica", "second")] == ["policy-0001"] * 2
+    assert rig.replica().detail == ""
+
+
+async def test_a_replica_that_serves_nobody_does_not_wait_for_a_turn(rig: Rig) -> None:
+    rig.promote("policy-0001")
+    rig.engine.tampers = [lambda before: {"a": "a1"}, lambda before: {"a": "a1"}]
+    await rig.swapper.step()
+    assert rig.swapper.obstacle() is not None
+    assert rig.registry.begin_swap(Replica("second", None, None, "swapping"), 1, 30)
+    rig.registry.rollback(actor="test", reason="")
+    await rig.swapper.step()
+    assert rig.swapper.obstacle() is None
+    assert rig.replica().actual == "policy-0000"
+
+
+async def test_the_track_of_a_trial_follows_it_and_goes_back(rig: Rig) -> None:
+    trial = await rig.another("trial", "trial")
+    rig.registry.canary("policy-0001", 0.1, actor="test", reason="")
+    for one in (rig, trial):
+        await one.swapper.step()
+    assert [rig.of(id).actual for id in ("replica", "trial")] == ["policy-0000", "policy-0001"]
+    rig.registry.withdraw(actor="test", reason="")
+    await trial.swapper.step()
+    assert (rig.of("trial").actual, rig.of("trial").track) == ("policy-0000", "trial")
+
+
+async def test_a_version_on_trial_that_can_not_be_loaded_is_told_and_the_stable_one_stays(
+    rig: Rig, publish: Callable[[str], str]
+) -> None:
+    trial = await rig.another("trial", "trial")
+    name = publish('{"a": "nan", "b": "b2"}')
+    rig.registry.canary(name, 0.1, actor="test", reason="")
+    await trial.swapper.step()
+    found = rig.of("trial")
+    assert (found.state, found.actual, found.desired) == ("failed", "policy-0000", name)
+    assert "NaN" in found.detail
+    assert trial.swapper.obstacle() is None
+
+
+async def test_a_replica_is_heard_of_while_it_loads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.swap.HEARTBEAT_SECONDS", 0.02)
+    rig.promote("policy-0001")
+    seen: list[float] = []
+
+    async def load_slowly(model_dir: Path) -> None:
+        rig.engine.weights = read(model_dir, "bfloat16")
+        while len(set(seen)) < 3:
+            await asyncio.sleep(0.01)
+            assert rig.replica().state == "swapping"
+            seen.append(rig.replica().seen_at)
+
+    monkeypatch.setattr(rig.engine, "load", load_slowly)
+    running = asyncio.create_task(rig.swapper.run())
+    async with asyncio.timeout(20):
+        while not rig.registry.replicas() or rig.replica().state != "serving":
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert rig.replica().actual == "policy-0001"
