@@ -150,8 +150,13 @@ class Keys:
             return [_key(row) for row in connection.execute(statement)]
 
     def _rows(self, ids: Sequence[str]) -> "dict[str, sa.Row[tuple[object, ...]]]":
+        wanted = sorted(set(ids))
         with self._reader.connect() as connection:
-            return {row.id: row for row in connection.execute(_BY_IDS, {"key_ids": sorted(set(ids))})}
+            if len(wanted) == 1:  # as most often, and then the statement is ready
+                rows = connection.execute(_BY_ID, {"key_id": wanted[0]})
+            else:
+                rows = connection.execute(_BY_IDS, {"key_ids": wanted})
+            return {row.id: row for row in rows}
 
     def _write_down(self, connection: Connection, action: KeyAction, id: str) -> None:
         if self._note is not None:

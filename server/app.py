@@ -51,6 +51,7 @@ from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
 from server.settings import ServerSettings
+from server.shortcut import Shortcut
 from server.swap import Swapper
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 _FLUSH_SECONDS = 5.0
 _DRAIN_SECONDS = 10
 _WATCHDOG_SECONDS = 0.5
+_ASKED_MOST = (("POST", "/v1/feedback"),)
 
 
 class NothingToServe(RuntimeError):  # noqa: N818
@@ -220,7 +222,7 @@ def assemble(
         inner.add_exception_handler(away, _database_away)
     inner.add_exception_handler(Exception, _internal)
     app: ASGIApp = Gate(
-        inner,
+        Shortcut(inner, _ASKED_MOST),
         authenticator=authenticator,
         identity=identity,
         limits=limits,

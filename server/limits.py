@@ -10,7 +10,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import redis.asyncio
@@ -30,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 0.5
 _AWAY_SECONDS = 1.0
-_NOT_LOGGED = b"redis.set_repl(redis.REPL_NONE)\n"
+_NOT_LOGGED = "redis.set_repl(redis.REPL_NONE)\n"
+
+_Wanted = tuple[str, int, int, int]
+"""A counter, what it allows in how many seconds, and how much of it is to be taken."""
 
 
 class Limits:
@@ -76,9 +78,9 @@ class Limits:
         # A digest: names of people stay out of Redis' keys, and so do characters that mean something there.
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         try:
+            if await self._limiter.hit(item, name, digest, cost=count):
+                return
             async with asyncio.timeout(_TIMEOUT_SECONDS):
-                if await self._limiter.hit(item, name, digest, cost=count):
-                    return
                 free_at, _ = await self._limiter.get_window_stats(item, name, digest)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
             logger.warning("limits are not kept while Redis is away: %s", str(error) or "it does not answer")
@@ -89,48 +91,77 @@ class Limits:
         raise Problem(429, f"{who} may ask {item}", retry_after=max(1, math.ceil(free_at - time.time())))
 
 
-def redis_counters(client: redis.asyncio.Redis, prefix: str) -> RedisStorage:
-    """Return counters in the Redis of `client`, under keys that begin with `prefix`.
+class RedisCounters(RedisStorage):
+    """Counters in the Redis of `client`, under keys that begin with `prefix`.
 
-    Their writes stay out of Redis' append-only file and its replicas. This Redis flushes every logged write
-    to the disk before it answers, which is for what must last; a count of the last minute need not.
+    On a cluster the prefix must have a hash tag (`{…}`), so that they lie together. Requests that come at the
+    same time are counted in one command. Its writes stay out of Redis' append-only file and its replicas:
+    this Redis flushes every logged write to the disk before it answers, which is for what must last; a count
+    of the last minute need not.
     """
-    storage = RedisStorage(
-        "async+redis://",
-        implementation="redispy",
-        key_prefix=prefix,
-        connection_pool=client.connection_pool,  # type: ignore[arg-type]  # the library's hint is too narrow
-    )
-    bridge: Any = storage.bridge
-    for script in ("SCRIPT_SLIDING_WINDOW", "SCRIPT_ACQUIRE_SLIDING_WINDOW"):
-        setattr(bridge, script, _NOT_LOGGED + getattr(bridge, script))
-    bridge.register_scripts()
-    # Requests that come at the same time are counted in one round trip.
-    counted = Grouped(partial(_count_all, client, bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW))
-    bridge.lua_acquire_sliding_window = lambda keys, arguments: counted((len(keys), *keys, *arguments))
-    return storage
+
+    def __init__(self, client: redis.asyncio.Redis, prefix: str) -> None:
+        super().__init__(
+            "async+redis://",
+            implementation="redispy",
+            key_prefix=prefix,
+            connection_pool=client.connection_pool,  # type: ignore[arg-type]  # the hint is too narrow
+        )
+        self._client: Any = client
+        bridge: Any = self.bridge
+        self._script = _together(_text(bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW))
+        bridge.SCRIPT_SLIDING_WINDOW = _NOT_LOGGED + _text(bridge.SCRIPT_SLIDING_WINDOW)
+        bridge.register_scripts()
+        self._grouped = Grouped(self._take_all)
+
+    async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        """Take `amount` of what the counter `key` still allows, all or none of it.
+
+        `limit` is what it allows in `expiry` seconds. Raises RedisError, and OSError if Redis doesn't answer.
+        """
+        return await self._grouped((key, limit, expiry, amount))
+
+    async def _take_all(self, wanted: Sequence[_Wanted]) -> list[bool]:
+        """Take what each wants: of one counter together, and only if that is too much, each for itself."""
+        together = Counter[tuple[str, int, int]]()
+        for *counter, amount in wanted:
+            together[tuple(counter)] += amount
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            taken = await self._evaluate([(*counter, amount) for counter, amount in together.items()])
+            passed = dict(zip(together, taken, strict=True))
+            answers = [passed[one[:-1]] for one in wanted]
+            alone = [place for place, passes in enumerate(answers) if not passes]
+            found = await self._evaluate([wanted[place] for place in alone]) if alone else []
+        for place, passes in zip(alone, found, strict=True):
+            answers[place] = passes
+        return answers
+
+    async def _evaluate(self, wanted: Sequence[_Wanted]) -> list[bool]:
+        keys: list[str] = []
+        arguments: list[int] = []
+        for key, *numbers in wanted:
+            current = f"{self.bridge.key_prefix}:{{{key}}}"  # as the library names them
+            keys += (f"{current}/-1", current)
+            arguments += numbers
+        answer = await self._client.eval(self._script, len(keys), *keys, *arguments)
+        return [digit == "1" for digit in _text(answer)]
 
 
-async def _count_all(client: Any, script: str | bytes, calls: Sequence[tuple[Any, ...]]) -> list[bool]:
-    """Count in one round trip; `calls` are arguments of EVAL, of which the last is how much is taken.
-
-    What is taken of one counter is taken together, and only if that is too much, each for itself.
-    """
-    together = Counter[tuple[Any, ...]]()
-    for *counter, amount in calls:
-        together[tuple(counter)] += amount
-    taken = await _evaluate(client, script, [(*counter, amount) for counter, amount in together.items()])
-    passed = dict(zip(together, taken, strict=True))
-    answers = [bool(passed[call[:-1]]) for call in calls]
-    alone = [place for place, passes in enumerate(answers) if not passes]
-    found = await _evaluate(client, script, [calls[place] for place in alone]) if alone else []
-    for place, passes in zip(alone, found, strict=True):
-        answers[place] = bool(passes)
-    return answers
+def _together(script: str) -> str:
+    """Make of a script on one counter one that runs it on several; it answers a digit for each."""
+    return f"""
+{_NOT_LOGGED}
+local function take(KEYS, ARGV)
+{script}
+end
+local taken = {{}}
+for i = 1, #KEYS / 2 do
+  local passes = take({{KEYS[2 * i - 1], KEYS[2 * i]}}, {{ARGV[3 * i - 2], ARGV[3 * i - 1], ARGV[3 * i]}})
+  table.insert(taken, passes and '1' or '0')
+end
+return table.concat(taken)
+"""
 
 
-async def _evaluate(client: Any, script: str | bytes, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    async with client.pipeline(transaction=False) as pipeline:
-        for arguments in calls:
-            pipeline.eval(script, *arguments)
-        return list(await pipeline.execute())
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from feedback.dead_letters import DeadLetter, DeadLetters
 from feedback.events import Event
@@ -125,7 +125,7 @@ class FeedbackRoutes:
             raise
         if not receipt.duplicate:
             self._metrics.feedback.labels(event.feedback.type).inc()
-        return JSONResponse(_receipt(receipt), 202)
+        return Response(json.dumps(_receipt(receipt)), 202, media_type="application/json")
 
     async def submit_batch(self, request: Request) -> Response:
         """Take JSON lines; answers one line each: a receipt, or an error for a line that was not taken.
