@@ -72,6 +72,9 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
 )
 
 
+COUNTED_WITH_ITS_EVENT = frozenset({("POST", "/v1/feedback")})
+"""Routes that count their request themselves, together with its event, to ask Redis once."""
+
 _Methods = dict[str, frozenset[CallerRole]]
 
 

@@ -16,7 +16,6 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from limits.aio.storage import Storage
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
 from starlette.middleware.cors import CORSMiddleware
@@ -38,7 +37,7 @@ from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.errors import DATABASE_AWAY, Problem, invalid_field
 from server.identity import Identity
-from server.limits import Limits
+from server.limits import Counters, Limits
 from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
@@ -71,7 +70,7 @@ async def serve(
     rollout: RolloutSettings,
     *,
     queue: FeedbackQueue,
-    counters: Storage,
+    counters: Counters,
     database: Database,
     versions: Path,
     spool: Path,

@@ -8,13 +8,12 @@ import hashlib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol
 
 import redis.asyncio
 from limits import RateLimitItem, parse
-from limits.aio.storage import RedisStorage, Storage
+from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.exceptions import RedisError
 
@@ -31,25 +30,41 @@ _TIMEOUT_SECONDS = 0.5
 _AWAY_SECONDS = 1.0
 _NOT_LOGGED = "redis.set_repl(redis.REPL_NONE)\n"
 
-_Wanted = tuple[str, int, int, int]
-"""A counter, what it allows in how many seconds, and how much of it is to be taken."""
+_Name = Literal["key", "rater", "end_user"]
+_WHO: dict[_Name, str] = {"key": "this key", "rater": "this rater", "end_user": "this end user"}
+
+
+class Wanted(NamedTuple):
+    """So much is wanted of what `item` allows `digest`, which is a `name`."""
+
+    item: RateLimitItem
+    name: _Name
+    digest: str
+    amount: int
+
+
+class Counters(Protocol):
+    """Where is counted. Both raise RedisError, and OSError where Redis does not answer."""
+
+    async def take(self, wanted: Sequence[Wanted]) -> int | None:
+        """Take of one counter after the other; return the place of the first that does not allow it."""
+
+    async def free_at(self, wanted: Wanted) -> float:
+        """When this counter may allow more, in Unix seconds."""
 
 
 class Limits:
     """The three limits of `settings`, each of which may be unset."""
 
-    def __init__(self, storage: Storage, settings: ServerSettings, metrics: ServerMetrics) -> None:
-        self._limiter = SlidingWindowCounterRateLimiter(storage)
+    def __init__(self, counters: Counters, settings: ServerSettings, metrics: ServerMetrics) -> None:
+        self._counters = counters
         self._metrics = metrics
-        self._items: dict[str, RateLimitItem] = {
-            name: parse(text)
-            for name, text in (
-                ("key", settings.rate_per_key),
-                ("rater", settings.rate_per_rater),
-                ("end_user", settings.rate_per_end_user),
-            )
-            if text != "none"
+        rates: dict[_Name, str] = {
+            "key": settings.rate_per_key,
+            "rater": settings.rate_per_rater,
+            "end_user": settings.rate_per_end_user,
         }
+        self._items = {name: parse(text) for name, text in rates.items() if text != "none"}
         self._away_until = 0.0
 
     async def request(self, caller: Caller) -> None:
@@ -57,10 +72,7 @@ class Limits:
 
         Raises Problem 429. An end user does not use up what the client's own requests may be.
         """
-        if caller.role == "token":
-            await self._count("end_user", rater_of(caller), 1)
-        else:
-            await self._count("key", caller.key_id, 1)
+        await self._count(self._request(caller))
 
     async def events(self, caller: Caller, rater: str, count: int = 1) -> None:
         """Count `count` events that a key gives under the identity `rater`, all or none. Raises Problem 429.
@@ -68,30 +80,51 @@ class Limits:
         What a client gives under its own name is limited as its requests are, a token's events as its
         end user's requests.
         """
-        if caller.role == "rater" or (caller.role == "client" and rater != rater_of(caller)):
-            await self._count("rater", rater, count)
+        await self._count(self._events(caller, rater, count))
 
-    async def _count(self, name: str, identity: str, count: int) -> None:
+    async def request_of_event(self, caller: Caller, rater: str) -> None:
+        """Count a request and the one event that it gives, as `request` and `events` do, at once.
+
+        Raises Problem 429; an event of a request that is one too many does not count.
+        """
+        await self._count(self._request(caller) + self._events(caller, rater, 1))
+
+    def _request(self, caller: Caller) -> list[Wanted]:
+        if caller.role == "token":
+            return self._wanted("end_user", rater_of(caller), 1)
+        return self._wanted("key", caller.key_id, 1)
+
+    def _events(self, caller: Caller, rater: str, count: int) -> list[Wanted]:
+        if caller.role == "rater" or (caller.role == "client" and rater != rater_of(caller)):
+            return self._wanted("rater", rater, count)
+        return []
+
+    def _wanted(self, name: _Name, identity: str, count: int) -> list[Wanted]:
         item = self._items.get(name)
-        if item is None or time.monotonic() < self._away_until:
-            return
+        if item is None:
+            return []
         # A digest: names of people stay out of Redis' keys, and so do characters that mean something there.
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return [Wanted(item, name, hashlib.sha256(identity.encode()).hexdigest()[:32], count)]
+
+    async def _count(self, wanted: Sequence[Wanted]) -> None:
+        if not wanted or time.monotonic() < self._away_until:
+            return
         try:
-            if await self._limiter.hit(item, name, digest, cost=count):
+            place = await self._counters.take(wanted)
+            if place is None:
                 return
-            async with asyncio.timeout(_TIMEOUT_SECONDS):
-                free_at, _ = await self._limiter.get_window_stats(item, name, digest)
+            refused = wanted[place]
+            free_at = await self._counters.free_at(refused)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
             logger.warning("limits are not kept while Redis is away: %s", str(error) or "it does not answer")
             self._away_until = time.monotonic() + _AWAY_SECONDS
             return
-        self._metrics.limited.labels(name).inc()
-        who = {"key": "this key", "rater": "this rater", "end_user": "this end user"}[name]
-        raise Problem(429, f"{who} may ask {item}", retry_after=max(1, math.ceil(free_at - time.time())))
+        self._metrics.limited.labels(refused.name).inc()
+        text = f"{_WHO[refused.name]} may ask {refused.item}"
+        raise Problem(429, text, retry_after=max(1, math.ceil(free_at - time.time())))
 
 
-class RedisCounters(RedisStorage):
+class RedisCounters:
     """Counters in the Redis of `client`, under keys that begin with `prefix`.
 
     On a cluster the prefix must have a hash tag (`{…}`), so that they lie together. Requests that come at the
@@ -101,65 +134,68 @@ class RedisCounters(RedisStorage):
     """
 
     def __init__(self, client: redis.asyncio.Redis, prefix: str) -> None:
-        super().__init__(
+        storage = RedisStorage(
             "async+redis://",
             implementation="redispy",
             key_prefix=prefix,
             connection_pool=client.connection_pool,  # type: ignore[arg-type]  # the hint is too narrow
         )
-        self._client: Any = client
-        bridge: Any = self.bridge
+        bridge: Any = storage.bridge
         self._script = _together(_text(bridge.SCRIPT_ACQUIRE_SLIDING_WINDOW))
         bridge.SCRIPT_SLIDING_WINDOW = _NOT_LOGGED + _text(bridge.SCRIPT_SLIDING_WINDOW)
         bridge.register_scripts()
+        self._limiter = SlidingWindowCounterRateLimiter(storage)
+        self._client: Any = client
+        self._prefix = prefix
         self._grouped = Grouped(self._take_all)
 
-    async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Take `amount` of what the counter `key` still allows, all or none of it.
+    async def take(self, wanted: Sequence[Wanted]) -> int | None:
+        """Take of one counter after the other; return the place of the first that does not allow it."""
+        return await self._grouped(wanted)
 
-        `limit` is what it allows in `expiry` seconds. Raises RedisError, and OSError if Redis doesn't answer.
-        """
-        return await self._grouped((key, limit, expiry, amount))
-
-    async def _take_all(self, wanted: Sequence[_Wanted]) -> list[bool]:
-        """Take what each wants: of one counter together, and only if that is too much, each for itself."""
-        together = Counter[tuple[str, int, int]]()
-        for *counter, amount in wanted:
-            together[tuple(counter)] += amount
+    async def free_at(self, wanted: Wanted) -> float:
+        """When this counter may allow more, in Unix seconds."""
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            taken = await self._evaluate([(*counter, amount) for counter, amount in together.items()])
-            passed = dict(zip(together, taken, strict=True))
-            answers = [passed[one[:-1]] for one in wanted]
-            alone = [place for place, passes in enumerate(answers) if not passes]
-            found = await self._evaluate([wanted[place] for place in alone]) if alone else []
-        for place, passes in zip(alone, found, strict=True):
-            answers[place] = passes
-        return answers
+            stats = await self._limiter.get_window_stats(wanted.item, wanted.name, wanted.digest)
+        return stats.reset_time
 
-    async def _evaluate(self, wanted: Sequence[_Wanted]) -> list[bool]:
+    async def _take_all(self, requests: Sequence[Sequence[Wanted]]) -> list[int | None]:
+        """As `take` of each, in one command."""
         keys: list[str] = []
         arguments: list[int] = []
-        for key, *numbers in wanted:
-            current = f"{self.bridge.key_prefix}:{{{key}}}"  # as the library names them
-            keys += (f"{current}/-1", current)
-            arguments += numbers
-        answer = await self._client.eval(self._script, len(keys), *keys, *arguments)
-        return [digit == "1" for digit in _text(answer)]
+        for wanted in requests:
+            for place, (item, name, digest, amount) in enumerate(wanted):
+                # As the library names them.
+                current = f"{self._prefix}:{{{item.key_for(name, digest)}}}"
+                keys += (f"{current}/-1", current)
+                arguments += (place, item.amount, item.get_expiry(), amount)
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            answer = await self._client.eval(self._script, len(keys), *keys, *arguments)
+        passed = iter(_text(answer))
+        found = ["".join(next(passed) for _ in wanted).find("0") for wanted in requests]
+        return [None if place < 0 else place for place in found]
 
 
 def _together(script: str) -> str:
-    """Make of a script on one counter one that runs it on several; it answers a digit for each."""
+    """Make of a script that takes of one counter one that does so for many requests.
+
+    KEYS are its keys for each counter; ARGV, for each, its place among those of its request (of which none is
+    taken behind one that does not allow it) and the script's arguments. Answers 1 or 0 for each counter.
+    """
     return f"""
 {_NOT_LOGGED}
 local function take(KEYS, ARGV)
 {script}
 end
-local taken = {{}}
+local answer, allowed = {{}}, true
 for i = 1, #KEYS / 2 do
-  local passes = take({{KEYS[2 * i - 1], KEYS[2 * i]}}, {{ARGV[3 * i - 2], ARGV[3 * i - 1], ARGV[3 * i]}})
-  table.insert(taken, passes and '1' or '0')
+  local place, limit, expiry, amount = unpack(ARGV, 4 * i - 3, 4 * i)
+  if place == '0' or allowed then
+    allowed = take({{KEYS[2 * i - 1], KEYS[2 * i]}}, {{limit, expiry, amount}})
+  end
+  table.insert(answer, allowed and '1' or '0')
 end
-return table.concat(taken)
+return table.concat(answer)
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access import Authenticator, roles_of
+from server.access import COUNTED_WITH_ITS_EVENT, Authenticator, roles_of
 from server.body import parse_object
 from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, choice_count, generation_of
 from server.errors import Problem
@@ -78,7 +78,8 @@ class Gate:
         caller = await self._authenticator.caller(Headers(scope=scope))
         if caller.role not in roles:
             raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
-        await self._limits.request(caller)
+        if (scope["method"], scope["path"]) not in COUNTED_WITH_ITS_EVENT:
+            await self._limits.request(caller)
         return caller
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

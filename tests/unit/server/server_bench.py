@@ -7,6 +7,7 @@ import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
 from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -26,7 +27,7 @@ from registry.rounds import Rounds
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
-from server.limits import Limits
+from server.limits import Limits, Wanted
 from server.metrics import ServerMetrics
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -98,6 +99,22 @@ class MemoryQueue:
         self.events.clear()
 
 
+class MemoryCounters:
+    """Counters in memory: those in Redis are tested with a real one."""
+
+    def __init__(self) -> None:
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    async def take(self, wanted: Sequence[Wanted]) -> int | None:
+        for place, (item, name, digest, amount) in enumerate(wanted):
+            if not await self._limiter.hit(item, name, digest, cost=amount):
+                return place
+        return None
+
+    async def free_at(self, wanted: Wanted) -> float:
+        return (await self._limiter.get_window_stats(wanted.item, wanted.name, wanted.digest)).reset_time
+
+
 @dataclass
 class Bench:
     """The assembled app with an engine's app behind it that answers with what it was asked."""
@@ -121,8 +138,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
-        # In memory: Redis' counters are tested with a real one.
-        limits = Limits(MemoryStorage(), self.settings, self.metrics)
+        limits = Limits(MemoryCounters(), self.settings, self.metrics)
         audit = AuditLog(self.database)
         routers: list[APIRouter] = [
             StateRoutes(
