@@ -162,13 +162,11 @@ class RedisCounters:
     async def _take_all(self, requests: Sequence[Sequence[Wanted]]) -> list[int | None]:
         """As `take` of each, in one command."""
         keys: list[str] = []
-        arguments: list[int] = []
+        arguments: list[str] = []
         for wanted in requests:
             for place, (item, name, digest, amount) in enumerate(wanted):
-                # As the library names them.
-                current = f"{self._prefix}:{{{item.key_for(name, digest)}}}"
-                keys += (f"{current}/-1", current)
-                arguments += (place, item.amount, item.get_expiry(), amount)
+                keys.append(f"{self._prefix}:{{{item.key_for(name, digest)}}}")  # as the library names it
+                arguments.append(f"{place} {item.amount} {item.get_expiry()} {amount}")
         async with asyncio.timeout(_TIMEOUT_SECONDS):
             answer = await self._client.eval(self._script, len(keys), *keys, *arguments)
         passed = iter(_text(answer))
@@ -179,8 +177,8 @@ class RedisCounters:
 def _together(script: str) -> str:
     """Make of a script that takes of one counter one that does so for many requests.
 
-    KEYS are its keys for each counter; ARGV, for each, its place among those of its request (of which none is
-    taken behind one that does not allow it) and the script's arguments. Answers 1 or 0 for each counter.
+    KEYS are the counters; ARGV, for each, its place among those of its request (of which none is taken behind
+    one that does not allow it) and the script's own arguments. Answers 1 or 0 for each counter.
     """
     return f"""
 {_NOT_LOGGED}
@@ -188,12 +186,12 @@ local function take(KEYS, ARGV)
 {script}
 end
 local answer, allowed = {{}}, true
-for i = 1, #KEYS / 2 do
-  local place, limit, expiry, amount = unpack(ARGV, 4 * i - 3, 4 * i)
+for i, key in ipairs(KEYS) do
+  local place, limit, expiry, amount = string.match(ARGV[i], '(%d+) (%d+) (%d+) (%d+)')
   if place == '0' or allowed then
-    allowed = take({{KEYS[2 * i - 1], KEYS[2 * i]}}, {{limit, expiry, amount}})
+    allowed = take({{key .. '/-1', key}}, {{limit, expiry, amount}})
   end
-  table.insert(answer, allowed and '1' or '0')
+  answer[i] = allowed and '1' or '0'
 end
 return table.concat(answer)
 """
