@@ -25,6 +25,7 @@ from feedback.store import Store
 from feedback.tables import METADATA
 from feedback.tombstones import digest
 from instructloop.database import compact
+from registry.lineage import Lineage
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -141,10 +142,10 @@ class Upkeep:
 
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
         """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes."""
-        rounds = Rounds(self._engine)
+        rounds, lineage = Rounds(self._engine), Lineage(self._engine)
         for forgetting in forgettings:
-            for round_ in rounds.over(self._forgettings.positions(forgetting.id)):
-                self._samples(round_.id).delete()
+            for number in lineage.over(self._forgettings.positions(forgetting.id)):
+                self._samples(number).delete()
             if forgetting.kind == "rater":
                 self._rename(rounds, forgetting.digest)
 

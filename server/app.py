@@ -142,7 +142,7 @@ async def serve(
                 gold_share=raters.gold_share,
             ).router(),
             ForgetRoutes(
-                forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+                forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
             ).router(),
             RaterRoutes(audit=audit, store=store, settings=raters).router(),
             OperatorRoutes(

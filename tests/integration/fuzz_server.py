@@ -121,7 +121,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     poll_seconds=0.01,
                 ).router(),
                 ForgetRoutes(
-                    forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+                    forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
                 ).router(),
                 RaterRoutes(store=store, settings=RaterSettings(), audit=audit).router(),
                 LineageRoutes(lineage=lineage, registry=registry, store=store).router(),

@@ -161,7 +161,7 @@ class Bench:
                 gold_share=self.raters.gold_share,
             ).router(),
             ForgetRoutes(
-                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds, audit=audit
+                forgettings=self.store.forgettings, registry=self.registry, lineage=lineage, audit=audit
             ).router(),
             RaterRoutes(audit=audit, store=self.store, settings=self.raters).router(),
             OperatorRoutes(
