@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 import redis.asyncio
@@ -159,8 +159,7 @@ class _Submission:
     idempotency: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One record as it comes out of the stream.
 
     `id` is Redis' (`<milliseconds>-<n>`), `kind` is `completion` or `event` (anything else is a dead letter),
@@ -564,14 +563,15 @@ def _online(replication: Mapping[str, Any]) -> int:
 
 
 def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    event_id, key_id = fields.get(b"event"), fields.get(b"key")
+    event_id, key_id, schema = fields.get(b"event"), fields.get(b"key"), fields.get(b"schema")
+    data = fields.get(b"data")
     return Entry(
-        id=_text(id),
-        kind=_text(fields.get(b"kind", b"")),
-        data=fields[b"data"] if b"data" in fields else repr(dict(fields)).encode(),
-        event_id=None if event_id is None else _text(event_id),
-        key_id=None if key_id is None else _text(key_id),
-        schema=_text(fields.get(b"schema", SCHEMA)),
+        id.decode(),
+        _text(fields.get(b"kind", b"")),
+        repr(dict(fields)).encode() if data is None else data,
+        None if event_id is None else _text(event_id),
+        None if key_id is None else _text(key_id),
+        SCHEMA if schema is None else _text(schema),
     )
 
 
