@@ -227,6 +227,28 @@ class Forgettings:
             found += [(row.position, row.erasure) for row in connection.execute(gone)]
             return sorted(found, key=lambda trace: trace[0])
 
+    def took(self, forgetting_id: int) -> Callable[[str], bool]:
+        """Return what tells the ids of the events that a forgetting erased from others."""
+        return self._named(tables.tombstones.c.forgetting_id == forgetting_id)
+
+    def gave(self, rater: str) -> Callable[[str], bool]:
+        """Return what tells the ids of a rater's events, forgotten ones and those that went with them too."""
+        events, graves, all_ = tables.events, tables.tombstones, tables.forgettings
+        forgotten = sa.select(all_.c.id).where(all_.c.digest == digest(("rater", rater)))
+        with self._reader.connect() as connection:
+            here = set(
+                connection.execute(sa.select(events.c.event_id).where(events.c.rater == rater)).scalars()
+            )
+        gone = self._named(graves.c.forgetting_id.in_(forgotten))
+        return lambda event_id: event_id in here or gone(event_id)
+
+    def _named(self, which: sa.ColumnElement[bool]) -> Callable[[str], bool]:
+        graves = tables.tombstones.c
+        query = sa.select(graves.digest).where(graves.kind == "event", which)
+        with self._reader.connect() as connection:
+            digests = set(connection.execute(query).scalars())
+        return lambda event_id: digest(("event", event_id)) in digests
+
     def last_erasure(self) -> int:
         """Return the number of the latest erasure; 0 if there was none."""
         query = sa.select(sa.func.coalesce(sa.func.max(tables.forgettings.c.erasure), 0))

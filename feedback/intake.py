@@ -273,12 +273,12 @@ class Intake:
             rows = self._select(current, sa.tuple_(*key), judged)
         return {(row.target, row.rater, row.type): _Holder(row.event_id, row.received_at) for row in rows}
 
-    def _choices(self, completion_ids: set[str]) -> set[Reference]:
+    def _choices(self, completion_ids: set[str]) -> set[tuple[str, int]]:
         """Find the choices of completions. The index tells all: their rows, long with texts, are not read."""
         columns = tables.choices.c
         query = sa.select(columns.completion_id, columns.index)
-        rows = self._select(query, columns.completion_id, completion_ids)
-        return {Reference(completion_id, index) for completion_id, index in map(tuple, rows)}
+        # Plain tuples, to which references are equal: there may be many more than are asked for.
+        return set(map(tuple, self._select(query, columns.completion_id, completion_ids)))
 
     def _parts(self, completion_ids: set[str]) -> dict[str, list[Part]]:
         columns, choices = tables.completions.c, tables.choices.c
@@ -311,6 +311,8 @@ class Intake:
     def _unbury(self, event_ids: set[str]) -> None:
         """Delete the letters of events that came again as they should be: an event is in one place only."""
         column, ordered = tables.dead_letters.c.event_id, sorted(event_ids)
+        if self._connection.execute(sa.select(column).limit(1)).first() is None:
+            return  # as most often
         for start in range(0, len(ordered), _CHUNK):
             chunk = ordered[start : start + _CHUNK]
             self._connection.execute(sa.delete(tables.dead_letters).where(column.in_(chunk)))
@@ -322,7 +324,14 @@ class Intake:
         ordered = sorted(values)
         for start in range(0, len(ordered), _CHUNK):
             chunk = ordered[start : start + _CHUNK]
-            yield from self._connection.execute(query.where(column.in_(chunk))).all()
+            yield from self._connection.execute(query.where(self._is_among(column, chunk))).all()
+
+    def _is_among(self, column: sa.ColumnElement[Any], values: Sequence[Any]) -> sa.ColumnElement[bool]:
+        if self._connection.dialect.name != "sqlite" or not isinstance(column.type, sa.String):
+            return column.in_(values)
+        # One parameter instead of hundreds, each of which SQLAlchemy and SQLite would write and read.
+        listed = sa.func.json_each(json.dumps(values)).table_valued("value", name="listed")
+        return column.in_(sa.select(listed.c.value))
 
     def _insert(self, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
         if rows:

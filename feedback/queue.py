@@ -16,10 +16,10 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 import redis.asyncio
@@ -34,33 +34,51 @@ from feedback.settings import QueueSettings
 LARGEST_ENTRY_BYTES = 64 * 2**20
 """An event beyond this is refused; what comes into the stream all the same is a dead letter."""
 
-# KEYS: stream, receipt, and where the giver sent one the idempotency key.
-# ARGV: event id, key id, event as JSON, digest of what was said, lifetime of the idempotency key in seconds,
-# schema version.
+# Takes a group of events, one after the other, in one command: it is read, run and answered once.
+# KEYS: stream, then of each event its receipt, and where the giver sent one the idempotency key.
+# ARGV: lifetime of idempotency keys in seconds, schema version, then of each event: its id, the key id, the
+# event as JSON, digest of what was said, 1 where the giver sent an idempotency key and 0 elsewhere.
+# Answers with a letter for each event (queued, duplicate, conflict), and the id of the earlier event for each
+# that is not queued.
 # The entry comes before any key: if Redis refuses it for lack of memory, nothing claims that it is there.
 # A duplicate writes its key again, so that a WAIT behind it also speaks of the write that was first.
 _SUBMIT = """
-if KEYS[3] then
-  local seen = redis.call('GET', KEYS[3])
-  if seen then
-    if string.sub(seen, 1, 64) ~= ARGV[4] then
-      return 'conflict:' .. string.sub(seen, 66)
+local function submit(receipt, idempotency, id, key, data, digest)
+  if idempotency then
+    local seen = redis.call('GET', idempotency)
+    if seen then
+      if string.sub(seen, 1, 64) ~= digest then
+        return 'c', string.sub(seen, 66)
+      end
+      redis.call('SET', idempotency, seen, 'KEEPTTL')
+      return 'd', string.sub(seen, 66)
     end
-    redis.call('SET', KEYS[3], seen, 'KEEPTTL')
-    return 'duplicate:' .. string.sub(seen, 66)
   end
+  if redis.call('EXISTS', receipt) == 1 then
+    redis.call('SET', receipt, key)
+    return 'd', id
+  end
+  redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', data, 'event', id, 'key', key, 'schema', ARGV[2])
+  redis.call('SET', receipt, key)
+  if idempotency then
+    redis.call('SET', idempotency, digest .. ':' .. id, 'EX', ARGV[1])
+  end
+  return 'q'
 end
-if redis.call('EXISTS', KEYS[2]) == 1 then
-  redis.call('SET', KEYS[2], ARGV[2])
-  return 'duplicate:' .. ARGV[1]
+
+local letters, earlier, k = {}, {}, 2
+for i = 3, #ARGV, 5 do
+  local receipt, idempotency = KEYS[k], nil
+  k = k + 1
+  if ARGV[i + 4] == '1' then
+    idempotency = KEYS[k]
+    k = k + 1
+  end
+  local letter, id = submit(receipt, idempotency, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
+  table.insert(letters, letter)
+  table.insert(earlier, id)
 end
-redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', ARGV[3], 'event', ARGV[1], 'key', ARGV[2],
-  'schema', ARGV[6])
-redis.call('SET', KEYS[2], ARGV[2])
-if KEYS[3] then
-  redis.call('SET', KEYS[3], ARGV[4] .. ':' .. ARGV[1], 'EX', ARGV[5])
-end
-return 'queued:' .. ARGV[1]
+return {table.concat(letters), unpack(earlier)}
 """
 # Forgets consumers that hold no entry and whose process is long gone: each process has a name of its own. A
 # live one that were meant by mistake would be made anew when it next reads.
@@ -131,7 +149,17 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class _Submission:
+    """An event on its way to Redis: what `_SUBMIT` takes of it."""
+
+    event_id: str
+    key_id: str
+    data: bytes
+    digest: str
+    idempotency: str | None
+
+
+class Entry(NamedTuple):
     """One record as it comes out of the stream.
 
     `id` is Redis' (`<milliseconds>-<n>`), `kind` is `completion` or `event` (anything else is a dead letter),
@@ -158,7 +186,7 @@ class FeedbackQueue:
         self._settings = settings
         self._durable_until = 0.0
         self._check: asyncio.Task[str | None] | None = None
-        self._grouped = Grouped(self._evaluate, limit=_PIPELINE)
+        self._grouped = Grouped(self._submit_all, limit=_PIPELINE)
 
     async def submit(self, event: Event, idempotency_key: str | None = None) -> Receipt:
         """Queue one event; when it returns, Redis has it on disk.
@@ -168,9 +196,9 @@ class FeedbackQueue:
         said. Raises QueueUnavailable (the event may or may not be queued: submit it again),
         IdempotencyConflict and EntryTooLarge.
         """
-        arguments = self._arguments(event, idempotency_key)
+        submission = self._submission(event, idempotency_key)
         await self._require_durability()
-        receipt = _receipt(await self._grouped(arguments))
+        receipt = await self._grouped(submission)
         if receipt.conflict:
             raise IdempotencyConflict(receipt.event_id)
         return receipt
@@ -187,11 +215,11 @@ class FeedbackQueue:
         """
         await self._require_durability()
         named = [None] * len(events) if idempotency_keys is None else idempotency_keys
-        calls = [self._arguments(event, key) for event, key in zip(events, named, strict=True)]
-        answers: list[Any] = []
-        for start in range(0, len(calls), _PIPELINE):
-            answers += await self._evaluate(calls[start : start + _PIPELINE])
-        return [_receipt(answer) for answer in answers]
+        given = [self._submission(event, key) for event, key in zip(events, named, strict=True)]
+        receipts: list[Receipt] = []
+        for start in range(0, len(given), _PIPELINE):
+            receipts += await self._submit_all(given[start : start + _PIPELINE])
+        return receipts
 
     async def record(self, completions: Sequence[Completion]) -> None:
         """Queue what was generated. Raises QueueUnavailable; recording again is harmless."""
@@ -236,28 +264,41 @@ class FeedbackQueue:
         async with self._redis():
             return int(await self._client.xlen(self._settings.stream))
 
-    def _arguments(self, event: Event, idempotency_key: str | None) -> list[str | int]:
-        """Return what EVAL takes after the script: the number of keys, keys, arguments."""
-        digest = body_digest(event)
+    def _submission(self, event: Event, idempotency_key: str | None) -> _Submission:
+        digest, idempotency = body_digest(event), None
         if idempotency_key is not None:
             event = _named(event, idempotency_key, digest)
-        keys = [self._settings.stream, _receipt_key(self._settings, event.event_id)]
-        if idempotency_key is not None:
-            keys.append(_idempotency_key(self._settings, event.key_id, idempotency_key))
-        lifetime_seconds = max(1, round(self._settings.idempotency_hours * 3600))
-        data = event.model_dump_json()
-        if len(data) > LARGEST_ENTRY_BYTES // 4 and len(data.encode()) > LARGEST_ENTRY_BYTES:
+            idempotency = _idempotency_key(self._settings, event.key_id, idempotency_key)
+        data = event.model_dump_json().encode()
+        if len(data) > LARGEST_ENTRY_BYTES:
             raise EntryTooLarge(f"an event may have at most {LARGEST_ENTRY_BYTES} bytes")
-        return [len(keys), *keys, event.event_id, event.key_id, data, digest, lifetime_seconds, SCHEMA]
+        return _Submission(event.event_id, event.key_id, data, digest, idempotency)
 
-    async def _evaluate(self, calls: Sequence[Sequence[str | int]]) -> list[Any]:
-        if not calls:
+    async def _submit_all(self, given: Sequence[_Submission]) -> list[Receipt]:
+        if not given:
             return []
+        commands = _commands(given)
         async with self._pipeline() as pipeline:
-            for arguments in calls:
+            for command in commands:
                 # The whole text, not its digest: a Redis that was restarted would not know the digest.
-                pipeline.eval(_SUBMIT, *arguments)
-            return await self._execute(pipeline)
+                pipeline.eval(_SUBMIT, *self._arguments(command))
+            answers = await self._execute(pipeline)
+        return [
+            receipt
+            for command, (letters, *earlier) in zip(commands, answers, strict=True)
+            for receipt in _receipts(command, _text(letters), iter(earlier))
+        ]
+
+    def _arguments(self, command: Sequence[_Submission]) -> list[str | bytes | int]:
+        """Return what EVAL takes after the script: the number of keys, keys, arguments."""
+        keys = [self._settings.stream]
+        arguments: list[str | bytes | int] = [max(1, round(self._settings.idempotency_hours * 3600)), SCHEMA]
+        for one in command:
+            keys.append(_receipt_key(self._settings, one.event_id))
+            if one.idempotency is not None:
+                keys.append(one.idempotency)
+            arguments += (one.event_id, one.key_id, one.data, one.digest, int(one.idempotency is not None))
+        return [len(keys), *keys, *arguments]
 
     async def _execute(self, pipeline: Any) -> list[Any]:
         """Send a pipeline of writes; returns their answers once as many replicas have them as must."""
@@ -522,20 +563,38 @@ def _online(replication: Mapping[str, Any]) -> int:
 
 
 def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    event_id, key_id = fields.get(b"event"), fields.get(b"key")
+    event_id, key_id, schema = fields.get(b"event"), fields.get(b"key"), fields.get(b"schema")
+    data = fields.get(b"data")
     return Entry(
-        id=_text(id),
-        kind=_text(fields.get(b"kind", b"")),
-        data=fields[b"data"] if b"data" in fields else repr(dict(fields)).encode(),
-        event_id=None if event_id is None else _text(event_id),
-        key_id=None if key_id is None else _text(key_id),
-        schema=_text(fields.get(b"schema", SCHEMA)),
+        id.decode(),
+        _text(fields.get(b"kind", b"")),
+        repr(dict(fields)).encode() if data is None else data,
+        None if event_id is None else _text(event_id),
+        None if key_id is None else _text(key_id),
+        SCHEMA if schema is None else _text(schema),
     )
 
 
-def _receipt(answer: str | bytes) -> Receipt:
-    outcome, event_id = _text(answer).split(":", 1)
-    return Receipt(event_id, duplicate=outcome == "duplicate", conflict=outcome == "conflict")
+def _commands(given: Sequence[_Submission]) -> list[list[_Submission]]:
+    """Divide a group so that no command is larger than the buffer in which Redis reads it (1 GiB)."""
+    commands: list[list[_Submission]] = [[]]
+    size = 0
+    for one in given:
+        size += len(one.data)
+        if size > LARGEST_ENTRY_BYTES and commands[-1]:
+            commands.append([])
+            size = len(one.data)
+        commands[-1].append(one)
+    return commands
+
+
+def _receipts(command: Sequence[_Submission], letters: str, earlier: Iterator[str | bytes]) -> list[Receipt]:
+    return [
+        Receipt(one.event_id, duplicate=False)
+        if letter == "q"
+        else Receipt(_text(next(earlier)), duplicate=letter == "d", conflict=letter == "c")
+        for one, letter in zip(command, letters, strict=True)
+    ]
 
 
 def _receipt_key(settings: QueueSettings, event_id: str) -> str:

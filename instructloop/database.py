@@ -1,7 +1,8 @@
 """Opens the database and brings it to the newest schema. What is kept in it is `feedback`'s and `registry`'s.
 
 SQLite and Postgres behave alike here: a transaction that `engine.begin()` opens may write and holds the
-write lock from its start, unless the engine was marked with `execution_options(read_only=True)`.
+write lock from its start, unless the engine was marked with `execution_options(read_only=True)`. With
+`one_statement=True` beside it, SQLite is spared the BEGIN: for reads that are made very often.
 """
 
 import sqlite3
@@ -129,5 +130,6 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later would fail as soon as another one has written meanwhile.
-    read_only = connection.get_execution_options().get("read_only", False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if not options.get("one_statement", False):
+        connection.exec_driver_sql("BEGIN" if options.get("read_only", False) else "BEGIN IMMEDIATE")

@@ -60,11 +60,11 @@ def described(config: "Config", number: int) -> Mapping[str, Any]:
     """Return all that is known of one forgetting."""
     from feedback.forgetting import Forgettings
     from instructloop import installation
-    from registry.rounds import Rounds
+    from registry.lineage import Lineage
     from server.forgotten import describe
 
     engine = installation.open_database(config)
-    return describe(Forgettings(engine), installation.open_registry(config, engine), Rounds(engine), number)
+    return describe(Forgettings(engine), installation.open_registry(config, engine), Lineage(engine), number)
 
 
 def _lines(found: Mapping[str, Any], id: str) -> Iterator[str]:

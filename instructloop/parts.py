@@ -37,7 +37,7 @@ async def serve(config: Config) -> int:
     from evaluation.cases import check_case
     from feedback.queue import FeedbackQueue
     from server.app import serve as run
-    from server.limits import redis_counters
+    from server.limits import RedisCounters
 
     engine = installation.open_database(config)
     if installation.open_registry(config, engine).desired() is None:
@@ -52,7 +52,7 @@ async def serve(config: Config) -> int:
             config.server,
             config.rollout,
             queue=FeedbackQueue(client, config.queue),
-            counters=redis_counters(client, f"{config.queue.stream}:limit"),
+            counters=RedisCounters(client, f"{{{config.queue.stream}}}:limit"),
             database=engine,
             versions=config.versions_dir,
             spool=config.spool_file,

@@ -27,6 +27,7 @@ from feedback.tables import METADATA
 from feedback.tombstones import digest
 from instructloop.database import compact
 from registry.evaluations import Evaluations
+from registry.lineage import Lineage
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -149,14 +150,14 @@ class Upkeep:
 
         Of evaluations, the texts of those that ask such prompts.
         """
-        rounds = Rounds(self._engine)
+        rounds, lineage = Rounds(self._engine), Lineage(self._engine)
         for evaluation in Evaluations(self._engine).list(limit=1_000_000):
             files = self._evaluation(evaluation.id)
             if self._forgettings.among([("completion", id) for id in files.completion_ids()]):
                 files.delete_texts()
         for forgetting in forgettings:
-            for round_ in rounds.over(self._forgettings.positions(forgetting.id)):
-                self._samples(round_.id).delete()
+            for number in lineage.over(self._forgettings.positions(forgetting.id)):
+                self._samples(number).delete()
             if forgetting.kind == "rater":
                 self._rename(rounds, forgetting.digest)
 

@@ -1,10 +1,12 @@
 """What a version learned from, and what learned from an event: read from what rounds wrote down.
 
-Owns the way back from a version over its parents and reward models, and the way forth from an event. Events
-are ids here; what they say is `feedback`'s. What each round used is written by `registry.rounds`.
+Owns the way back from a version over its parents and reward models, and the way forth from events: from those
+that are there, and from those that were forgotten, of which positions are left. Events are ids here; what
+they say is `feedback`'s. What each round used is written by `registry.rounds`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +17,9 @@ from registry.tables import ROUND_EVENTS, ROUND_STAGES, ROUNDS
 
 LEARNED: tuple[Use, ...] = ("trained", "older", "unrecorded")
 """The uses by which weights come to depend on an event; held-out ones only decide what is promoted."""
+
+Trace = tuple[int, int | None]
+"""An event's position, and the number of the erasure that took it; None while it is there."""
 
 Through = Literal["own", "policy", "reward_model"]
 _CHUNK = 500
@@ -62,6 +67,14 @@ class UsedEvent:
     reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A version that learned from an event, and how."""
+
+    version: str
+    how: str
+
+
 class _Made(NamedTuple):
     """What a round makes: its policy or its reward model."""
 
@@ -71,7 +84,11 @@ class _Made(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """The part of a round's row that says what it went out from."""
+    """The part of a round's row that says what it went out from.
+
+    `returned` has the spans of positions that came back to it by rater, `without_raters` digests; `erasures`
+    numbers the last erasure before it read its slice.
+    """
 
     id: int
     version: str | None
@@ -81,6 +98,22 @@ class _Round:
     repeat_of: int | None
     cursor: int
     cutoff: int
+    returned: Mapping[str, Sequence[Sequence[int]]] | None = None
+    reward_older_share: float | None = None
+    without_raters: Sequence[str] | None = None
+    erasures: int | None = None
+
+    def holds(self, positions: Sequence[int]) -> bool:
+        """Whether one of the positions, which are in order, lies in the slice or in what came back to it.
+
+        Feedback that was held back in quarantine comes back to the first round after that was lifted.
+        Positions don't tell whose it is, so all of such a span counts: rather one too many.
+        """
+        spans = [
+            (self.cursor, self.cutoff),
+            *(span for own in (self.returned or {}).values() for span in own),
+        ]
+        return any(bisect_right(positions, start) < bisect_right(positions, end) for start, end in spans)
 
 
 class Lineage:
@@ -164,21 +197,44 @@ class Lineage:
 
         Those are the ones that a round made of it, and all that came from their weights or reward models.
         """
-        reached = [
-            _Made(what, use.round_id)
-            for use in self.uses(event_id)
-            if use.use in LEARNED
-            for what in ("policy", "reward_model")
-        ]
+        uses = [use for use in self.uses(event_id) if use.use in LEARNED]
         with self._reader.connect() as connection:
             rounds = _rounds(connection)
-        made_of: dict[_Made, list[_Made]] = {}
-        for made, sources in _sources(rounds).items():
-            for source in sources:
-                made_of.setdefault(source, []).append(made)
-        policies = sorted(made.round_id for made in _closure(reached, made_of) if made.what == "policy")
-        versions = [rounds[number].version for number in policies]
-        return [version for version in versions if version is not None]
+        return [one.version for one in _reached(rounds, {use.round_id: "" for use in uses})]
+
+    def learned_from(
+        self, traces: Sequence[Trace], is_it: Callable[[str], bool], without: str | None = None
+    ) -> list[Learned]:
+        """List the versions that learned from one of the events that left `traces`, oldest round first.
+
+        As `learned`, of events some of which may have been forgotten: `is_it` tells them by their ids in what
+        rounds wrote down. Of a round that wrote down nothing, each counts whose slice held one that was not
+        erased before, or that drew older feedback from among them, unless it left out the rater with the
+        digest `without`: rather one too many.
+        """
+        with self._reader.connect() as connection:
+            rounds = _rounds(connection)
+            direct = {}
+            for number, round_ in rounds.items():
+                how = _may_have_learned(round_, traces, without)
+                if how is None:
+                    continue
+                written = _written(connection, number)
+                if written is None:
+                    direct[number] = how
+                elif any(is_it(event_id) for event_id in written):
+                    direct[number] = f"round {number} learned from it"
+        return _reached(rounds, direct)
+
+    def over(self, positions: Sequence[int]) -> list[int]:
+        """Return the rounds, whatever became of them, whose slice holds one of the positions, oldest first.
+
+        `positions` are in order.
+        """
+        with self._reader.connect() as connection:
+            return [
+                number for number, round_ in sorted(_rounds(connection).items()) if round_.holds(positions)
+            ]
 
 
 _PUBLISHED = (
@@ -188,6 +244,7 @@ _PUBLISHED = (
 )
 # A round that failed in the gate, or that is in it, has published its candidate too.
 _VERSION = sa.func.coalesce(ROUNDS.c.version, ROUND_STAGES.c.result["version"].as_string()).label("version")
+_DATASET = ROUND_STAGES.alias("dataset_stages")
 
 
 def _rounds(connection: sa.Connection) -> dict[int, _Round]:
@@ -203,8 +260,13 @@ def _rounds(connection: sa.Connection) -> dict[int, _Round]:
             ROUNDS.c.repeat_of,
             ROUNDS.c.cursor,
             ROUNDS.c.cutoff,
+            config[("standing", "returned")].label("returned"),
+            config[("training", "reward_older_share")].as_float().label("reward_older_share"),
+            config["without_raters"].label("without_raters"),
+            _DATASET.c.result["erasures"].as_integer().label("erasures"),
         )
         .outerjoin(ROUND_STAGES, _PUBLISHED)
+        .outerjoin(_DATASET, (_DATASET.c.round_id == ROUNDS.c.id) & (_DATASET.c.name == "dataset"))
         .where(ROUNDS.c.cutoff.is_not(None))
     )
     return {row.id: _Round(**row._mapping) for row in connection.execute(query)}
@@ -224,6 +286,52 @@ def _sources(rounds: Mapping[int, _Round]) -> dict[_Made, list[_Made]]:
             before = [] if round_.reward_backbone else parent
         sources[_Made("reward_model", number)] = before
     return sources
+
+
+def _may_have_learned(round_: _Round, traces: Sequence[Trace], without: str | None) -> str | None:
+    """Say how a round may have learned from one of the events, as far as positions tell."""
+    if without is not None and without in (round_.without_raters or ()):
+        return None
+    there = (erasure is None or erasure > (round_.erasures or 0) for _, erasure in traces)
+    seen = sorted(position for (position, _), is_there in zip(traces, there, strict=True) if is_there)
+    if round_.holds(seen):
+        return f"round {round_.id} learned from it"
+    if round_.reward_older_share and seen and seen[0] <= round_.cursor:
+        return f"round {round_.id} drew from older feedback, perhaps from it"
+    return None
+
+
+def _written(connection: sa.Connection, number: int) -> list[str] | None:
+    """Return the events that a round wrote down to have learned from; None if it wrote down nothing."""
+    columns = ROUND_EVENTS.c
+    of_round = sa.select(columns.event_id).where(columns.round_id == number)
+    if connection.execute(of_round.where(columns.use != "unrecorded").limit(1)).first() is None:
+        return None
+    return list(connection.execute(of_round.where(columns.use.in_(LEARNED))).scalars())
+
+
+def _reached(rounds: Mapping[int, _Round], direct: Mapping[int, str]) -> list[Learned]:
+    """Return the versions of the rounds that learned, as `direct` says how, and all that came of these."""
+    sources = _sources(rounds)
+    found = {_Made("reward_model", number): how for number, how in direct.items()}
+    before = -1
+    while before < len(found):  # a round may begin with what a later one made
+        before = len(found)
+        for made in sorted(sources, key=lambda one: (one.round_id, one.what != "reward_model")):
+            reached = next((source for source in sources[made] if source in found), None)
+            if made not in found and reached is not None:
+                found[made] = _how(made, reached, rounds, found)
+    policies = sorted(made for made in found if made.what == "policy")
+    versions = [(rounds[made.round_id].version, found[made]) for made in policies]
+    return [Learned(version, how) for version, how in versions if version is not None]
+
+
+def _how(made: _Made, source: _Made, rounds: Mapping[int, _Round], found: Mapping[_Made, str]) -> str:
+    if source.what == "policy":
+        return f"descends from {rounds[source.round_id].version}"
+    if source.round_id == made.round_id:
+        return found[source]
+    return f"its reward model began as that of round {source.round_id}"
 
 
 def _closure(start: Sequence[_Made], edges: Mapping[_Made, Sequence[_Made]]) -> set[_Made]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -60,18 +59,6 @@ class Round:
     ended_at: float | None
     pinned: bool = False
     repeat_of: int | None = None
-
-    def holds(self, positions: Sequence[int]) -> bool:
-        """Whether one of the positions, which are in order, lies in the slice or in what came back to it.
-
-        Feedback that was held back in quarantine comes back to the first round after that was lifted.
-        Positions don't tell whose it is, so all of such a span counts: rather one too many.
-        """
-        if self.cursor is None or self.cutoff is None:
-            return False
-        returned = self.config.get("standing", {}).get("returned", {})
-        spans = [(self.cursor, self.cutoff), *(span for own in returned.values() for span in own)]
-        return any(bisect_right(positions, start) < bisect_right(positions, end) for start, end in spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +118,7 @@ class Rounds:
     """The rounds in the database of `engine`."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+        self.engine = self._engine = engine
         # Reads say so: they then need no write lock on SQLite.
         self._reader = engine.execution_options(read_only=True)
 
@@ -340,23 +327,6 @@ class Rounds:
         published = (columns.round_id == round_id, columns.name == "publish", columns.state == "done")
         return connection.execute(sa.select(columns.name).where(*published)).first() is not None
 
-    def erasures_before(self, round_id: int) -> int:
-        """Return the number of the last erasure before the round read its slice; 0 where it says nothing."""
-        same = (ROUND_STAGES.c.round_id == round_id) & (ROUND_STAGES.c.name == "dataset")
-        with self._reader.connect() as connection:
-            result = connection.execute(sa.select(ROUND_STAGES.c.result).where(same)).scalar_one_or_none()
-        return int((result or {}).get("erasures", 0))
-
-    def over(self, positions: Sequence[int]) -> Sequence[Round]:
-        """Return the rounds, whatever became of them, whose slice holds one of the positions, oldest first.
-
-        `positions` are in order.
-        """
-        query = sa.select(ROUNDS).where(ROUNDS.c.cutoff.is_not(None)).order_by(ROUNDS.c.id)
-        with self._reader.connect() as connection:
-            found = [Round(**row._mapping) for row in connection.execute(query)]
-        return [round_ for round_ in found if round_.holds(positions)]
-
     def rename_rater(self, is_it: Callable[[str], bool], name: str) -> Sequence[int]:
         """Call a rater `name` in the settings and results of all rounds; return the ids of those it stood in.
 
@@ -402,15 +372,6 @@ class Rounds:
         state = self._get(connection, round_id).state
         if state != "running":
             raise RoundConflict(f"round {round_id} is {state}, not running")
-
-
-def _took(round_: Round, position: int, rater: str) -> bool:
-    """Whether the round learned from the event at `position` of `rater`, as far as raters decide it."""
-    assert round_.cursor is not None and round_.cutoff is not None
-    standing = round_.config.get("standing", {})
-    if any(start < position <= end for start, end in standing.get("returned", {}).get(rater, ())):
-        return True
-    return round_.cursor < position <= round_.cutoff and rater not in standing.get("held", {})
 
 
 def _plain(value: Any) -> Any:

@@ -84,21 +84,36 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
 )
 
 
-def _by_path() -> list[tuple[re.Pattern[str], dict[str, frozenset[CallerRole]]]]:
-    """Each path's methods; paths in clear first, so that none of them is taken for an id."""
-    methods: dict[str, dict[str, frozenset[CallerRole]]] = {}
-    for method, path, roles in sorted(ROUTES, key=lambda route: "{" in route[1]):
+COUNTED_WITH_ITS_EVENT = frozenset({("POST", "/v1/feedback")})
+"""Routes that count their request themselves, together with its event, to ask Redis once."""
+
+_Methods = dict[str, frozenset[CallerRole]]
+
+
+def _by_path() -> tuple[dict[str, _Methods], list[tuple[re.Pattern[str], _Methods]]]:
+    """Each path's methods: of paths in clear, and of those with an id in them."""
+    methods: dict[str, _Methods] = {}
+    for method, path, roles in ROUTES:
         methods.setdefault(path, {})[method] = roles
+    clear = {path: found for path, found in methods.items() if "{id}" not in path}
     # Control characters are in no id, and a database may refuse to look for them.
-    return [(re.compile(path.replace("{id}", r"[^/\x00-\x1f]+")), found) for path, found in methods.items()]
+    patterns = [
+        (re.compile(path.replace("{id}", r"[^/\x00-\x1f]+")), found)
+        for path, found in methods.items()
+        if path not in clear
+    ]
+    return clear, patterns
 
 
-_PATHS = _by_path()
+_CLEAR, _PATTERNS = _by_path()
 
 
 def roles_of(method: str, path: str) -> frozenset[CallerRole]:
     """Who may call this route; empty means anybody. Raises Problem 404, or 405 for another method."""
-    methods = next((methods for pattern, methods in _PATHS if pattern.fullmatch(path)), None)
+    # Paths in clear first, so that none of them is taken for an id.
+    methods = _CLEAR.get(path) or next(
+        (found for pattern, found in _PATTERNS if pattern.fullmatch(path)), None
+    )
     if methods is None:
         raise Problem(404, f"there is no {path}")
     if method not in methods:

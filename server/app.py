@@ -18,7 +18,6 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from limits.aio.storage import Storage
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
 from starlette.middleware.cors import CORSMiddleware
@@ -42,7 +41,7 @@ from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.errors import DATABASE_AWAY, Problem, invalid_field
 from server.identity import Identity
-from server.limits import Limits
+from server.limits import Counters, Limits
 from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
@@ -59,6 +58,7 @@ from server.routes_state import StateRoutes
 from server.routes_trial import TrialRoutes
 from server.routing import Router
 from server.settings import ServerSettings
+from server.shortcut import Shortcut
 from server.swap import Swapper, is_proven
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ logger = logging.getLogger(__name__)
 _FLUSH_SECONDS = 5.0
 _DRAIN_SECONDS = 10
 _WATCHDOG_SECONDS = 0.5
+_ASKED_MOST = (("POST", "/v1/feedback"),)
 
 
 class NothingToServe(RuntimeError):  # noqa: N818
@@ -77,7 +78,7 @@ async def serve(
     rollout: RolloutSettings,
     *,
     queue: FeedbackQueue,
-    counters: Storage,
+    counters: Counters,
     database: Database,
     versions: Path,
     spool: Path,
@@ -165,7 +166,7 @@ async def serve(
                 gold_share=raters.gold_share,
             ).router(),
             ForgetRoutes(
-                forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+                forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
             ).router(),
             RaterRoutes(audit=audit, store=store, settings=raters).router(),
             OperatorRoutes(
@@ -279,7 +280,7 @@ def assemble(
         inner.add_exception_handler(away, _database_away)
     inner.add_exception_handler(Exception, _internal)
     app: ASGIApp = Gate(
-        inner,
+        Shortcut(inner, _ASKED_MOST),
         authenticator=authenticator,
         identity=identity,
         limits=limits,

@@ -16,7 +16,7 @@ DEEPEST = 100
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Read a JSON object from a request body. Raises Problem 422."""
     try:
-        value = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        value = _DECODER.decode(raw.decode())
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -40,6 +40,9 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text} is more than a number can be")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _without_content(error: ValueError) -> str:

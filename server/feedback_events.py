@@ -107,8 +107,12 @@ def _check_references(feedback: Feedback, caller: Caller, identity: Identity) ->
     found = _located(feedback)
     if not found and caller.role == "token":
         raise Problem(403, "a feedback token is for its completion only", param="completion_id")
+    known: dict[str, Issued] = {}
     for ref, path in found:
-        issued = check_owner(ref.completion_id, caller, identity, param=f"{path}completion_id")
+        issued = known.get(ref.completion_id)
+        if issued is None:
+            issued = check_owner(ref.completion_id, caller, identity, param=f"{path}completion_id")
+            known[ref.completion_id] = issued
         if issued.choices is not None and ref.choice >= issued.choices:
             raise _no_such_choice(ref, path)
 

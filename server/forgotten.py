@@ -8,9 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from feedback.forgetting import Forgettings
-from registry.descent import learned
+from registry.lineage import Lineage
 from registry.registry import Registry
-from registry.rounds import Rounds
 
 OUT_OF_REACH = (
     "backups, replicas of Redis, Postgres' own log and free space until they are overwritten, "
@@ -19,12 +18,13 @@ OUT_OF_REACH = (
 """Where it may still be, whatever was done."""
 
 
-def describe(forgettings: Forgettings, registry: Registry, rounds: Rounds, id: int) -> Mapping[str, Any]:
+def describe(forgettings: Forgettings, registry: Registry, lineage: Lineage, id: int) -> Mapping[str, Any]:
     """Return all that is known of one forgetting; raises KeyError.
 
-    `rounds` had an event of it in their slice: reports made of them may show its text.
+    Its `rounds` had an event of it in their slice: reports made of them may show its text.
     """
     forgetting, traces = forgettings.get(id), forgettings.traces(id)
+    learned, states = lineage.learned_from(traces, forgettings.took(id)), registry.states()
     exports = [{"path": one.path, "what": one.what, "at": one.at} for one in forgettings.exports(id)]
     return {
         "id": forgetting.id,
@@ -35,8 +35,8 @@ def describe(forgettings: Forgettings, registry: Registry, rounds: Rounds, id: i
         "state": "done" if forgetting.done else "erased" if forgetting.erasure else "begun",
         "left": list(forgetting.left),
         "erased": dict(forgetting.counts),
-        "versions": [asdict(one) for one in learned(registry, rounds, traces)],
-        "rounds": [one.id for one in rounds.over([position for position, _ in traces])],
+        "versions": [asdict(one) | {"state": states[one.version]} for one in learned],
+        "rounds": lineage.over([position for position, _ in traces]),
         "exports": exports,
         "out_of_reach": OUT_OF_REACH,
     }

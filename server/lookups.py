@@ -26,7 +26,8 @@ async def from_database(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     and are given up like the read itself, instead of filling the process with threads that wait.
     """
     try:
-        return await asyncio.wait_for(asyncio.to_thread(read, *args, **kwargs), LONGEST_SECONDS)
+        async with asyncio.timeout(LONGEST_SECONDS):
+            return await asyncio.to_thread(read, *args, **kwargs)
     except DATABASE_AWAY as error:
         logger.error("the database is away: %s", error)
     except TimeoutError:

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.records import SHADOW
-from server.access import Authenticator, roles_of
+from server.access import COUNTED_WITH_ITS_EVENT, Authenticator, roles_of
 from server.body import parse_object
 from server.context import (
     CALLER,
@@ -105,7 +105,8 @@ class Gate:
         if caller.role not in roles:
             raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
         # What another replica sends was counted there; whether it does is told by the body (`_errand`).
-        if ERRAND_HEADER not in Headers(scope=scope):
+        passed_on = ERRAND_HEADER in Headers(scope=scope)
+        if not passed_on and (scope["method"], scope["path"]) not in COUNTED_WITH_ITS_EVENT:
             await self._limits.request(caller)
         return caller
 

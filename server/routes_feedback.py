@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from feedback.dead_letters import DeadLetter, DeadLetters
 from feedback.events import Event
@@ -111,11 +111,8 @@ class FeedbackRoutes:
     async def submit(self, request: Request) -> Response:
         """Take one event; 202 with its receipt once Redis has it durably."""
         try:
-            caller, idempotency_key = CALLER.get(), _idempotency_key(request)
-            event = event_from(parse_object(await request.body()), caller, self._identity)
-            if open_references(event.feedback, self._identity):
-                await from_database(check_recorded, event.feedback, self._store.completion)
-            await self._limits.events(caller, event.rater)
+            caller = CALLER.get()
+            event, idempotency_key = await self._event(request, caller)
             if idempotency_key is not None and caller.role == "token":
                 # End users of one client do not know of each other's keys.
                 idempotency_key = f"{event.rater} {idempotency_key}"
@@ -125,7 +122,7 @@ class FeedbackRoutes:
             raise
         if not receipt.duplicate:
             self._metrics.feedback.labels(event.feedback.type).inc()
-        return JSONResponse(_receipt(receipt), 202)
+        return Response(json.dumps(_receipt(receipt)), 202, media_type="application/json")
 
     async def submit_batch(self, request: Request) -> Response:
         """Take JSON lines; answers one line each: a receipt, or an error for a line that was not taken.
@@ -192,6 +189,19 @@ class FeedbackRoutes:
         rater = rater_of(caller) if caller.role == "rater" else None
         found = await from_database(self._store.queries, limit, rater, self._gold_share)
         return Queries(queries=[_query(query) for query in found])
+
+    async def _event(self, request: Request, caller: Caller) -> tuple[Event, str | None]:
+        """Read the event of a request with its idempotency key, and count the request, whatever it holds."""
+        try:
+            idempotency_key = _idempotency_key(request)
+            event = event_from(parse_object(await request.body()), caller, self._identity)
+            if open_references(event.feedback, self._identity):
+                await from_database(check_recorded, event.feedback, self._store.completion)
+        except Problem:
+            await self._limits.request(caller)
+            raise
+        await self._limits.request_of_event(caller, event.rater)
+        return event, idempotency_key
 
     def _events(self, lines: Sequence[bytes], caller: Caller) -> "list[Line]":
         """Read the lines of a batch; what is wrong with one says nothing of the others."""

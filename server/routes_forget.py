@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from feedback.forgetting import Forgettings, NotARater, Subject
 from registry.audit import AuditLog
+from registry.lineage import Lineage
 from registry.registry import Registry
-from registry.rounds import Rounds
 from server.body import parse_object
 from server.context import CALLER
 from server.errors import Problem
@@ -41,12 +41,12 @@ class ForgetRoutes:
     """The handlers and what they work on; `router()` binds them to their paths."""
 
     def __init__(
-        self, *, forgettings: Forgettings, registry: Registry, rounds: Rounds, audit: AuditLog
+        self, *, forgettings: Forgettings, registry: Registry, lineage: Lineage, audit: AuditLog
     ) -> None:
         self._audit = audit
         self._forgettings = forgettings
         self._registry = registry
-        self._rounds = rounds
+        self._lineage = lineage
 
     def router(self) -> APIRouter:
         """Bind the handlers to their paths."""
@@ -96,7 +96,7 @@ class ForgetRoutes:
         return [self._described(one.id) for one in self._forgettings.list()]
 
     def _described(self, id: int) -> Any:
-        return describe(self._forgettings, self._registry, self._rounds, id)
+        return describe(self._forgettings, self._registry, self._lineage, id)
 
 
 def _subject(fields: dict[str, Any]) -> tuple[Subject, str]:

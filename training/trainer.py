@@ -20,7 +20,7 @@ from evaluation.settings import EvaluationSettings
 from feedback.settings import RaterSettings
 from feedback.store import Store
 from feedback.tombstones import digest
-from registry.descent import learned
+from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Round, Rounds
 from training import processes
@@ -256,7 +256,10 @@ class Trainer:
         name, traces = digest(("rater", rater)), self._store.forgettings.traces_of(rater)
         if not traces:
             raise RoundRefused(f"{rater} has no feedback in the store, and none that was forgotten")
-        touched = {one.version: one.how for one in learned(self._registry, self._rounds, traces, name)}
+        learned = Lineage(self._rounds.engine).learned_from(
+            traces, self._store.forgettings.gave(rater), without=name
+        )
+        touched = {one.version: one.how for one in learned}
         version = self._registry.version(start or self._before(touched))
         if version.name in touched:
             how = touched[version.name]

@@ -32,7 +32,7 @@ from server.access import Authenticator
 from server.app import assemble
 from server.context import GENERATION, Generation
 from server.identity import Identity
-from server.limits import Limits, redis_counters
+from server.limits import Limits, RedisCounters
 from server.metrics import ServerMetrics
 from server.recorder import Recorder
 from server.routes_feedback import FeedbackRoutes
@@ -99,7 +99,7 @@ async def serve() -> None:
         limit=config.server.recorder_queue,
         batch=config.server.recorder_batch,
     )
-    limits = Limits(redis_counters(client, f"{config.queue.stream}:limit"), config.server, metrics)
+    limits = Limits(RedisCounters(client, f"{{{config.queue.stream}}}:limit"), config.server, metrics)
     state = StateRoutes(
         queue=queue,
         metrics=metrics,

@@ -35,7 +35,7 @@ from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
-from server.limits import Limits, redis_counters
+from server.limits import Limits, RedisCounters
 from server.metrics import ServerMetrics
 from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
@@ -97,7 +97,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
         pool = redis.asyncio.BlockingConnectionPool.from_url(redis_url, timeout=QUEUE.timeout_seconds)
         async with redis.asyncio.Redis.from_pool(pool) as client:
             metrics = ServerMetrics(CollectorRegistry())
-            limits = Limits(redis_counters(client, "feed:limit"), settings, metrics)
+            limits = Limits(RedisCounters(client, "feed:limit"), settings, metrics)
             queue = FeedbackQueue(client, QUEUE)
             audit, lineage, dead_letters = AuditLog(database), Lineage(database), DeadLetters(database)
             routers = [
@@ -129,7 +129,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     poll_seconds=0.01,
                 ).router(),
                 ForgetRoutes(
-                    forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
+                    forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
                 ).router(),
                 RaterRoutes(store=store, settings=RaterSettings(), audit=audit).router(),
                 TrialRoutes(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -261,8 +262,8 @@ class FeedbackMachine(RuleBasedStateMachine):
         data = record(*part).model_dump_json().encode()
         if kind == "newer event":
             given = self._event(said, rater, 0)
-            arguments = self.queue._arguments(given, None)
-            self.runner.run(self.queue._evaluate([[*arguments[:-1], NEWER]]))
+            with patch("feedback.queue.SCHEMA", NEWER):
+                self.runner.run(self.queue.submit(given))
             self.acknowledged[given.event_id] = given
             self.in_queue.add(given.event_id)
             return

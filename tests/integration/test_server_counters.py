@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from server.context import Caller
 from server.errors import Problem
-from server.limits import Limits, redis_counters
+from server.limits import Limits, RedisCounters
 from server.metrics import ServerMetrics
 from server.settings import ServerSettings
 
@@ -26,7 +26,7 @@ ZOE = Caller("token", "442f048282d1", "feedback token", "chatcmpl-1", "zoë}{\0/
 
 def replica(client: redis.asyncio.Redis, prefix: str = "feed:limit", **rates: str) -> Limits:
     metrics = ServerMetrics(CollectorRegistry())
-    return Limits(redis_counters(client, prefix), ServerSettings(**rates), metrics)
+    return Limits(RedisCounters(client, prefix), ServerSettings(**rates), metrics)
 
 
 @pytest.fixture

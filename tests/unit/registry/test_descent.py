@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from registry.descent import Trace, learned
+from registry.lineage import Lineage, Trace
 from registry.registry import Registry
-from registry.rounds import Rounds
+from registry.rounds import EventUse, Rounds
 
 
 class History:
@@ -16,7 +16,7 @@ class History:
 
     def __init__(self, engine: sa.Engine, directory: Path) -> None:
         self.rounds, self.registry = Rounds(engine), Registry(engine, directory / "versions")
-        self.directory = directory
+        self.lineage, self.directory = Lineage(engine), directory
         self._publish(None, None)
 
     def _publish(self, parent: str | None, round_id: int | None) -> str:
@@ -37,7 +37,8 @@ class History:
         return name
 
     def learned(self, *traces: Trace, without: str | None = None) -> dict[str, str]:
-        return {one.version: one.how for one in learned(self.registry, self.rounds, traces, without)}
+        found = self.lineage.learned_from(traces, lambda event_id: event_id == "it", without)
+        return {one.version: one.how for one in found}
 
 
 @pytest.fixture
@@ -96,9 +97,9 @@ def test_rounds_over_positions_whatever_became_of_them(history: History) -> None
     failed = history.rounds.begin(10, 20, {"parent": "policy-0000"}, 0)
     history.rounds.finish(failed.id, "failed")
     history.rounds.request("ann")
-    assert [one.id for one in history.rounds.over([10, 11])] == [1, 2]
-    assert [one.id for one in history.rounds.over([20])] == [2]
-    assert history.rounds.over([]) == history.rounds.over([0, 21]) == []
+    assert history.lineage.over([10, 11]) == [1, 2]
+    assert history.lineage.over([20]) == [2]
+    assert history.lineage.over([]) == history.lineage.over([0, 21]) == []
 
 
 def test_a_rater_is_renamed_in_the_settings_of_rounds(history: History) -> None:
@@ -114,3 +115,50 @@ def test_a_rater_is_renamed_in_the_settings_of_rounds(history: History) -> None:
     assert after.config["training"] == {"reward_rater_weights": expected, "seed": 3}
     assert after.config_hash == before.config_hash
     assert history.rounds.rename_rater(lambda id: id == "k/ann", "sha256:x") == []
+
+
+def test_what_a_round_wrote_down_is_believed_and_nothing_else(history: History) -> None:
+    def round_(uses: list[EventUse], older: list[str], cursor: int, **config: Any) -> None:
+        id = history.rounds.begin(cursor, cursor + 10, {"parent": "policy-0000", **config}, 0).id
+        history.rounds.record_uses(id, uses)
+        history.rounds.record_older(id, older)
+        history.rounds.finish(id, "done", version=history._publish("policy-0000", id))
+
+    older = {"training": {"reward_older_share": 0.5}}
+    round_([EventUse("it", "trained"), EventUse("other", "trained")], [], 0)
+    round_([EventUse("other", "trained"), EventUse("it", "left_out", "quarantined")], [], 0)
+    round_([EventUse("it", "held_out")], ["other"], 0, **older)
+    round_([EventUse("new", "trained")], ["it"], 10, **older)
+    round_([EventUse("new", "trained")], ["other"], 10, **older)
+    round_([EventUse("it", "unrecorded")], [], 0)
+    history.round("policy-0000", 0, 10)
+    expected = [f"policy-{number:04d}" for number in (1, 4, 6, 7)]
+    # Also once it is erased: what rounds wrote down stays.
+    assert list(history.learned((5, None))) == expected
+    assert list(history.learned((5, 1))) == expected
+    # At a position that no slice has, nothing is looked for.
+    assert history.learned((25, None)) == {}
+
+
+def test_a_reward_model_that_began_with_a_policy_carries_it_on(history: History) -> None:
+    history.round("policy-0000", 0, 10)
+    history.round("policy-0001", 10, 20)
+    history.round("policy-0000", 20, 30, reward_model_from=2)
+    history.round("policy-0000", 30, 40, reward_model_from=3)
+    assert history.learned((5, None)) == {
+        "policy-0001": "round 1 learned from it",
+        "policy-0002": "descends from policy-0001",
+        "policy-0003": "its reward model began as that of round 2",
+        "policy-0004": "its reward model began as that of round 3",
+    }
+
+
+def test_a_round_that_was_asked_for_early_may_begin_with_what_a_later_one_made(history: History) -> None:
+    assert history.rounds.request("ann") == 1
+    repeat = history.rounds.begin(0, 10, {"parent": "policy-0000"}, 0, repeat_of=9).id
+    history.rounds.finish(repeat, "done", version=history._publish("policy-0000", repeat))
+    history.round("policy-0001", 20, 30)
+    assert history.learned((5, None)) == {
+        "policy-0002": "descends from policy-0001",
+        "policy-0001": f"round {repeat} learned from it",
+    }

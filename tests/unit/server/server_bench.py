@@ -7,7 +7,8 @@ from pathlib import Path
 import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
-from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -33,7 +34,7 @@ from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
-from server.limits import Limits
+from server.limits import Limits, Wanted
 from server.metrics import ServerMetrics
 from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
@@ -113,6 +114,22 @@ class MemoryQueue:
         self.events.clear()
 
 
+class MemoryCounters:
+    """Counters in memory: those in Redis are tested with a real one."""
+
+    def __init__(self) -> None:
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    async def take(self, wanted: Sequence[Wanted]) -> int | None:
+        for place, (item, name, digest, amount) in enumerate(wanted):
+            if not await self._limiter.hit(item, name, digest, cost=amount):
+                return place
+        return None
+
+    async def free_at(self, wanted: Wanted) -> float:
+        return (await self._limiter.get_window_stats(wanted.item, wanted.name, wanted.digest)).reset_time
+
+
 @dataclass
 class Bench:
     """The assembled app with an engine's app behind it that answers with what it was asked."""
@@ -136,11 +153,10 @@ class Bench:
     )
     routing: Router | None = None
     engine: ASGIApp | None = None
-    counters: Storage = field(default_factory=MemoryStorage)
+    counters: MemoryCounters = field(default_factory=MemoryCounters)
 
     def __post_init__(self) -> None:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
-        # In memory: Redis' counters are tested with a real one.
         limits = Limits(self.counters, self.settings, self.metrics)
         audit = AuditLog(self.database)
         routers: list[APIRouter] = [
@@ -164,7 +180,7 @@ class Bench:
                 gold_share=self.raters.gold_share,
             ).router(),
             ForgetRoutes(
-                forgettings=self.store.forgettings, registry=self.registry, rounds=self.rounds, audit=audit
+                forgettings=self.store.forgettings, registry=self.registry, lineage=lineage, audit=audit
             ).router(),
             RaterRoutes(audit=audit, store=self.store, settings=self.raters).router(),
             OperatorRoutes(

@@ -10,7 +10,6 @@ from unit.training.installation import EVENTS, Installation
 from feedback.events import FEEDBACK, Event
 from feedback.queue import Entry
 from feedback.tombstones import digest
-from registry.descent import learned
 from registry.lineage import Lineage
 from registry.registry import UnknownVersion
 from registry.rounds import Round
@@ -78,7 +77,8 @@ def test_a_round_from_before_the_rater_on_all_since_but_the_raters(installation:
     assert second.state == "done"
     parent = second.config["parent"]
     traces = installation.store.forgettings.traces_of(TROLL)
-    touched = [one.version for one in learned(installation.registry, installation.rounds, traces)]
+    lineage, is_it = Lineage(installation.engine), installation.store.forgettings.gave(TROLL)
+    touched = [one.version for one in lineage.learned_from(traces, is_it)]
     assert touched == [second.version]
 
     third = installation.trainer(**QUICK).retrain(TROLL)
@@ -99,9 +99,8 @@ def test_a_round_from_before_the_rater_on_all_since_but_the_raters(installation:
     # It is a round like any: the next goes on behind it, and it learned nothing from the troll.
     assert installation.rounds.last_done() == third
     name = digest(("rater", TROLL))
-    touched = [one.version for one in learned(installation.registry, installation.rounds, traces, name)]
+    touched = [one.version for one in lineage.learned_from(traces, is_it, name)]
     assert touched == [second.version]
-    lineage = Lineage(installation.engine)
     assert lineage.learned("troll-2-0") == [second.version]
     use = lineage.uses("troll-2-0")[-1]
     assert (use.round_id, use.use, use.reason) == (third.id, "left_out", "the round does without the rater")
@@ -138,7 +137,8 @@ def test_it_works_on_after_the_rater_was_forgotten(installation: Installation) -
     assert (second.state, second.config["parent"]) == ("done", "policy-0000")
     assert usable(installation, first) - usable(installation, second) == 5
     # Both rounds have the troll's positions in their slice, but only the first saw anything there.
-    found = learned(installation.registry, installation.rounds, forgettings.traces(number))
+    lineage = Lineage(installation.engine)
+    found = lineage.learned_from(forgettings.traces(number), forgettings.took(number))
     assert [one.version for one in found] == [first.version]
 
 
