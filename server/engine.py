@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.transformers_utils.config import get_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +37,9 @@ from server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
+_STAGING_POLL_SECONDS = 0.1
+_NOT_ARCHITECTURE = ("transformers_version", "torch_dtype", "dtype", "use_cache")
+"""What a checkpoint's config says beside which computation its weights are for."""
 
 
 class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-checked
@@ -48,12 +52,14 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
     _recorder: Recorder
     _version: str
     _collectors: dict[str, RequestOutputCollector | None]
+    _hidden: set[str]
 
     def attach(self, recorder: Recorder, version: str) -> None:
         """Set where records go, and the version that outputs without a label come from."""
         self._recorder = recorder
         self._version = version
         self._collectors = {}
+        self._hidden = set()
 
     def attach_version(self, version: str) -> None:
         """Note the version that outputs without a label come from, after a swap."""
@@ -77,6 +83,10 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
         collector = await super().add_request(request_id, *args, **kwargs)
         if request_id in self._collectors:
             self._collectors[request_id] = collector
+        if request_id in self._hidden:
+            # Logprobs that only we read need no text of their tokens, which vLLM would decode one by one.
+            for internal_id in self.output_processor.external_req_ids.get(request_id, ()):
+                self.output_processor.request_states[internal_id].logprobs_processor.tokenizer = None
         return collector
 
     async def _recorded(
@@ -102,6 +112,8 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
             version=self._version,
         )
         self._collectors[request_id] = None
+        if hide and params.prompt_logprobs is None:
+            self._hidden.add(request_id)
         outputs = super().generate(prompt, params, request_id, **kwargs)
         unfinished = "error"
         try:
@@ -122,6 +134,7 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
             raise
         finally:
             del self._collectors[request_id]
+            self._hidden.discard(request_id)
             self._record(recording, unfinished)
 
     def _record(self, recording: Recording, unfinished: str) -> None:
@@ -153,6 +166,7 @@ class Engine:
         self.topology = f"{current_platform.device_type}-{self.dtype}-tp{parallel.tensor_parallel_size}"
         self.ranks = parallel.world_size
         self._args = args
+        self._started_on = Path(args.model)
 
     @classmethod
     async def start(
@@ -171,6 +185,7 @@ class Engine:
         try:
             llm.attach(recorder, version)
             await llm.collective_rpc("end_with", args=(os.getpid(),))
+            await llm.collective_rpc("compute_logprobs_cheaply")
             await llm.reset_mm_cache()
             tasks = await llm.get_supported_tasks()
             app = build_app(args, tasks, llm.model_config)
@@ -211,6 +226,53 @@ class Engine:
         """Replace the weights in place. A failure can leave some old and some new ones."""
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
         await self._llm.collective_rpc("refresh_packed_weights")
+
+    async def check(self, model_dir: Path) -> None:
+        """Raise ValueError, naming the setting, unless a checkpoint is of the architecture in service."""
+        ours, theirs = await asyncio.gather(
+            asyncio.to_thread(self._architecture, self._started_on),
+            asyncio.to_thread(self._architecture, model_dir),
+        )
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"another architecture: its {name} is {theirs.get(name)}, here it is {ours.get(name)}"
+                )
+
+    def _architecture(self, model_dir: Path) -> dict[str, Any]:
+        settings: dict[str, Any] = get_config(
+            str(model_dir), trust_remote_code=self._args.trust_remote_code
+        ).to_dict()
+        return {
+            name: value
+            for name, value in settings.items()
+            if not (name.startswith("_") or name.endswith("_token_id") or name in _NOT_ARCHITECTURE)
+        }
+
+    async def stage(self, model_dir: Path) -> dict[str, str] | None:
+        """Bring weights in beside those in service while requests run; None if this engine can only `load`.
+
+        Returns what `fingerprint` will say once they are exchanged. Raises ValueError for a checkpoint that
+        has not the tensors of the model in service.
+        """
+        if not all(await self._llm.collective_rpc("stage_weights", args=(str(model_dir),))):
+            await self.unstage()
+            return None
+        while True:
+            (found,) = await self._llm.collective_rpc("staged_fingerprint")
+            if isinstance(found, str):
+                raise ValueError(found)
+            if found is not None:
+                return dict(found)
+            await asyncio.sleep(_STAGING_POLL_SECONDS)
+
+    async def exchange(self) -> None:
+        """Put staged weights in place, and those in service where they were: a second call undoes it."""
+        await self._llm.collective_rpc("exchange_weights")
+
+    async def unstage(self) -> None:
+        """Free the weights that are not in service."""
+        await self._llm.collective_rpc("drop_staged_weights")
 
     async def fingerprint(self) -> dict[str, str]:
         """Return what `registry.proof` finds, by `<tensor>`, or by `<rank>/<tensor>` with several ranks."""

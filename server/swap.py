@@ -1,8 +1,9 @@
 """Makes a running replica serve the version that the registry wants, and proves what it then serves.
 
-A version is verified on disk and fingerprinted before generation stops; then requests are frozen, the
-weights replaced, read back and compared, caches dropped, and requests go on. Whatever fails, requests go
-on: with the last good version, or, if that can't be loaded either, with nobody let in until one can.
+A version is verified on disk and fingerprinted before generation stops. Where the engine can hold it beside
+the one in service, it is also loaded, read back and compared before, and the two are only exchanged while
+requests are frozen; elsewhere it is loaded and compared then. Caches are dropped and requests go on, whatever
+fails: with the last good version, or, if that can't be loaded either, with nobody let in until one can.
 It does not choose versions: `registry` does.
 """
 
@@ -37,6 +38,10 @@ class WeightEngine(Protocol):
 
     async def pause(self) -> None: ...  # noqa: D102
     async def resume(self) -> None: ...  # noqa: D102
+    async def check(self, model_dir: Path) -> None: ...  # noqa: D102
+    async def stage(self, model_dir: Path) -> dict[str, str] | None: ...  # noqa: D102
+    async def exchange(self) -> None: ...  # noqa: D102
+    async def unstage(self) -> None: ...  # noqa: D102
     async def load(self, model_dir: Path) -> None: ...  # noqa: D102
     async def fingerprint(self) -> dict[str, str]: ...  # noqa: D102
     async def reset_caches(self) -> None: ...  # noqa: D102
@@ -168,29 +173,55 @@ class Swapper:
             version = await _thread(self._registry.version, desired.name)
             # Hashing every file also brings the checkpoint into memory, so that loading it is quick.
             await _thread(self._registry.verify, desired.name)
+            await self._engine.check(version.path)
             expected = await self._expected(version)
-        except (BrokenVersion, KeyError, OSError, ValueError) as error:
+            self._require_complete(version, expected)
+            staged = await self._stage(version, expected)
+        except (BrokenVersion, KeyError, OSError, ValueError, UnprovenWeights) as error:
+            await self._engine.unstage()
             self._failed(desired, error)
             return
         started = time.monotonic()
         await self._engine.pause()
         try:
-            await self._replace(desired, version, expected)
+            await self._replace(desired, version, expected, staged)
         finally:
             await self._engine.resume()
         seconds = time.monotonic() - started
+        await self._engine.unstage()
         self._metrics.swap_seconds.observe(seconds)
         self.status = replace(self.status, last_swap_seconds=seconds)
 
-    async def _replace(self, desired: Desired, version: Version, expected: Mapping[str, str]) -> None:
-        """Load `version` into the paused engine, or go back to what it held."""
+    async def _stage(self, version: Version, expected: Mapping[str, str]) -> dict[str, str] | None:
+        """Prove `version` beside the weights in service; None if the engine has to load it in their place.
+
+        An engine that keeps some tensor otherwise than the checkpoint's files (quantised, divided) has to.
+        """
+        if not self.status.proven or self._held.keys() != self._comparable:
+            return None
+        staged = await self._engine.stage(version.path)
+        if staged is not None:
+            await self._prove(version, staged, expected)
+        return staged
+
+    async def _replace(
+        self,
+        desired: Desired,
+        version: Version,
+        expected: Mapping[str, str],
+        staged: dict[str, str] | None,
+    ) -> None:
+        """Put `version` into the paused engine, or go back to what it held."""
         before = self.status
         self.status = replace(before, proven=False)
         try:
-            await self._engine.load(version.path)
-            held = await self._engine.fingerprint()
-            self._require_same(held, {name: expected.get(name) for name in self._comparable})
-            await self._compare_with_past(version, held)
+            if staged is not None:
+                await self._engine.exchange()
+                held = staged
+            else:
+                await self._engine.load(version.path)
+                held = await self._engine.fingerprint()
+                await self._prove(version, held, expected)
             await self._settle(version.name)
         # Whatever vLLM raises, the weights may now be mixed: the answer is always to go back.
         except Exception as error:
@@ -216,6 +247,17 @@ class Swapper:
             logger.exception("%s could not be restored", before.serving)
             return
         self.status = before
+
+    async def _prove(self, version: Version, held: Mapping[str, str], expected: Mapping[str, str]) -> None:
+        """Require the tensors of the files, and those of earlier loads. Raises UnprovenWeights."""
+        self._require_same(held, {name: expected.get(name) for name in self._comparable})
+        await self._compare_with_past(version, held)
+
+    def _require_complete(self, version: Version, expected: Mapping[str, str]) -> None:
+        """Refuse a checkpoint that lacks what the engine holds. Raises ValueError naming a tensor."""
+        missing = self._comparable - expected.keys()
+        if missing:
+            raise ValueError(f"{version.name} lacks {min(missing).removesuffix('#columns')}")
 
     async def _settle(self, name: str) -> None:
         await self._engine.reset_caches()

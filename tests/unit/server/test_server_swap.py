@@ -34,7 +34,10 @@ def test_what_to_load(desired: Desired | None, status: Status, now: float, expec
 
 @dataclass
 class FakeEngine:
-    """Holds a checkpoint's tensors (JSON in its weights file); `tampers` change what a load leaves."""
+    """Holds a checkpoint's tensors (JSON in its weights file); `tampers` change what a load leaves.
+
+    With `packed` it has a tensor that no file proves, so it can't stage.
+    """
 
     weights: dict[str, str]
     dtype: str = "bfloat16"
@@ -44,6 +47,30 @@ class FakeEngine:
     tampers: list[Callable[[dict[str, str]], dict[str, str]]] = field(default_factory=list)
     paused: bool = False
     labelled: str = ""
+    packed: bool = True
+    staged: dict[str, str] | None = None
+    architecture: str | None = None
+
+    async def check(self, model_dir: Path) -> None:
+        if self.architecture is not None:
+            raise ValueError(self.architecture)
+
+    async def stage(self, model_dir: Path) -> dict[str, str] | None:
+        assert not self.paused
+        self.calls.append(f"stage {model_dir.name}")
+        self.staged = read(model_dir, "bfloat16")
+        if self.tampers:
+            self.staged = self.tampers.pop(0)(self.weights)
+        return self.staged
+
+    async def exchange(self) -> None:
+        assert self.paused
+        assert self.staged is not None
+        self.calls.append("exchange")
+        self.weights, self.staged = self.staged, self.weights
+
+    async def unstage(self) -> None:
+        self.staged = None
 
     async def pause(self) -> None:
         self.paused = True
@@ -62,7 +89,7 @@ class FakeEngine:
             self.weights = self.tampers.pop(0)(before)
 
     async def fingerprint(self) -> dict[str, str]:
-        return {**self.weights, "packed": "always the same"}
+        return {**self.weights, "packed": "always the same"} if self.packed else self.weights
 
     async def reset_caches(self) -> None:
         assert self.paused
@@ -95,12 +122,13 @@ class Rig:
         self.registry.promote(name, actor="test", reason="")
 
 
-@pytest.fixture
-async def rig(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+async def start(
+    registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics, *, packed: bool
+) -> Rig:
     publish('{"a": "a0", "b": "b0"}')
     publish('{"a": "a1", "b": "b1"}')
     registry.promote("policy-0000", actor="test", reason="")
-    engine = FakeEngine({"a": "a0", "b": "b0"})
+    engine = FakeEngine({"a": "a0", "b": "b0"}, packed=packed)
     identity = Replica("replica", None, None, "starting")
     swapper = Swapper(
         engine,
@@ -114,6 +142,92 @@ async def rig(registry: Registry, publish: Callable[[str], str], metrics: Server
     await swapper.begin(registry.version("policy-0000"))
     engine.calls.clear()
     return Rig(engine, registry, swapper, metrics)
+
+
+@pytest.fixture
+async def rig(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+    """A replica that can only load a version in place of the one in service."""
+    return await start(registry, publish, metrics, packed=True)
+
+
+@pytest.fixture
+async def staging(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+    """A replica that can hold a version beside the one in service."""
+    return await start(registry, publish, metrics, packed=False)
+
+
+async def test_where_it_can_a_replica_proves_before_generation_stops(staging: Rig) -> None:
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    assert staging.engine.calls == [
+        "stage policy-0001",
+        "pause",
+        "exchange",
+        "reset",
+        "label policy-0001",
+        "resume",
+    ]
+    assert staging.engine.weights == {"a": "a1", "b": "b1"}
+    assert staging.engine.staged is None
+    assert (staging.replica().state, staging.replica().actual) == ("serving", "policy-0001")
+
+
+async def test_what_is_wrong_with_staged_weights_never_stops_generation(staging: Rig) -> None:
+    def broken(before: dict[str, str]) -> dict[str, str]:
+        raise ValueError("a has the shape (3,), the model in service (4,)")
+
+    for number, (tamper, because) in enumerate(
+        [
+            (broken, "a has the shape"),
+            (lambda before: {"a": "a1", "b": before["b"]}, "b in the engine is not that of the checkpoint"),
+        ]
+    ):
+        staging.promote("policy-0001")
+        staging.engine.tampers = [tamper]
+        await staging.swapper.step()
+        assert staging.engine.calls == ["stage policy-0001"] * (number + 1)
+        assert because in staging.replica().detail
+        assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+        assert staging.engine.staged is None
+        staging.registry.rollback(actor="test", reason="")
+
+
+async def test_an_exchange_that_fails_half_way_ends_on_the_last_good_version(staging: Rig) -> None:
+    async def half_way() -> None:
+        staging.engine.weights = {"a": "a1", "b": "b0"}
+        raise RuntimeError("out of memory")
+
+    staging.promote("policy-0001")
+    staging.engine.exchange = half_way  # type: ignore[method-assign]
+    await staging.swapper.step()
+    assert staging.engine.calls == [
+        "stage policy-0001",
+        "pause",
+        "load policy-0000",
+        "reset",
+        "label policy-0000",
+        "resume",
+    ]
+    assert staging.engine.weights == {"a": "a0", "b": "b0"}
+    assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+    assert staging.swapper.obstacle() is None
+
+
+async def test_another_architecture_is_refused_before_the_engine_is_touched(rig: Rig) -> None:
+    rig.engine.architecture = "another architecture: rope_theta is 10, in the model in service 20"
+    rig.promote("policy-0001")
+    await rig.swapper.step()
+    assert rig.engine.calls == []
+    assert "rope_theta" in rig.replica().detail
+
+
+async def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_the_engine_is_touched(
+    rig: Rig, publish: Callable[[str], str]
+) -> None:
+    rig.promote(publish('{"a": "a2"}'))
+    await rig.swapper.step()
+    assert rig.engine.calls == []
+    assert "policy-0002 lacks b" in rig.replica().detail
 
 
 async def test_nothing_wanted_nothing_done(rig: Rig) -> None:
