@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 SCHEMA = "1"
 """The version of the records' JSON in the queue. Raise it when an older ingest would misread what is new."""
 
+SHADOW = "shadow"
+"""The source of what answered a copy of a request: nobody saw it, and nobody is asked about it."""
+
 _INDEX_LIMIT = 2**31
 Index = Annotated[int, Field(ge=0, lt=_INDEX_LIMIT)]
 TokenId = Annotated[int, Field(ge=-_INDEX_LIMIT, lt=_INDEX_LIMIT)]
@@ -54,7 +57,8 @@ class Completion(BaseModel):
     in a request with several prompts, else 0; `parts` is how many prompts that request had, where the
     recorder knows it. `messages` or `prompt` is what the client sent,
     `prompt_token_ids` what the engine saw (empty for imported text). `key_id` names the caller's key,
-    `user` the caller's end user where it named one, `source` is `serving` or an import's name.
+    `user` the caller's end user where it named one, `source` is `serving`, `shadow` or an
+    import's name.
     `created_at` is in Unix seconds.
     """
 

@@ -21,7 +21,7 @@ from feedback.forgetting import Forgettings
 from feedback.intake import IngestCounts, Intake, blames_the_data, refusal
 from feedback.queue import Entry
 from feedback.rater_records import RaterRecords
-from feedback.records import Completion
+from feedback.records import SHADOW, Completion
 from feedback.resolution import Status
 from feedback.rows import completion_of, event_of
 from feedback.tombstones import Tombstones
@@ -171,12 +171,12 @@ class Store:
             return Slice(events=events, completions=_completions(connection, sorted(ids)))
 
     def unjudged(self, limit: int) -> list[Completion]:
-        """List the latest records of completions that no event speaks of, newest first."""
+        """List the latest records of completions that no event speaks of, newest first; not a shadow's."""
         completions, targets = tables.completions, tables.event_targets
         spoken_of = sa.exists().where(targets.c.completion_id == completions.c.id)
         query = (
             sa.select(completions.c.id, completions.c.part)
-            .where(~spoken_of)
+            .where(~spoken_of, completions.c.source != SHADOW)
             .order_by(completions.c.created_at.desc(), completions.c.id, completions.c.part)
             .limit(limit)
         )
@@ -297,7 +297,9 @@ def _scored(
     What `rater` has judged is left out.
     """
     table, events, targets = tables.response_scores, tables.events, tables.event_targets
-    there = sa.exists().where(tables.completions.c.id == table.c.completion_id)
+    there = sa.exists().where(
+        tables.completions.c.id == table.c.completion_id, tables.completions.c.source != SHADOW
+    )
     spread = sa.func.avg(table.c.spread).label("spread")
     query = sa.select(table.c.completion_id, table.c.part, spread).where(there)
     if rater is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, dead_letters, forget, lineage, raters, rounds
+from instructloop import access, canary, dead_letters, forget, lineage, raters, rounds
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -123,13 +123,19 @@ def _parser() -> argparse.ArgumentParser:
         return found
 
     add("up", _up, "run everything on this machine until Ctrl-C")
-    add("serve", _serve, "run one serving replica")
+    serve = add("serve", _serve, "run one serving replica")
+    serve.add_argument(
+        "--track",
+        choices=["stable", "trial"],
+        help="follow the stable version, or the one on trial while there is one (default: configured)",
+    )
     ingest = add("ingest", _ingest, "move completions and feedback from Redis to the database")
     ingest.add_argument(
         "--consumer", metavar="NAME", help="its name in Redis' group (default: host and process id)"
     )
     _add_train(add("train", _train, "run training rounds"))
     _add_versions(add)
+    canary.add_to(add)
     rounds.add_to(
         add("rounds", rounds.listing, "list, compare, repeat and report the training rounds"), _rounds_repeat
     )
@@ -253,9 +259,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from instructloop import parts
 
     _log_to_stderr()
+    config = _config(arguments)
+    if arguments.track is not None:
+        server = config.server.model_copy(update={"track": arguments.track})
+        config = config.model_copy(update={"server": server})
     # The event loop that uvicorn, and vLLM's own server, would pick: uvloop where it is installed.
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(parts.serve(_config(arguments)))
+        return runner.run(parts.serve(config))
 
 
 def _ingest(arguments: argparse.Namespace) -> int:

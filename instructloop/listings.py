@@ -49,6 +49,20 @@ def versions(registry: "Registry") -> Rows:
     return rows
 
 
+def trial(found: Mapping[str, Any]) -> Rows:
+    """Both versions of a trial with the votes on them."""
+    tried, decision = found["trial"], found["decision"]
+    rows: Rows = [("VERSION", "STATE", "SHARE", "SINCE", "GOOD VOTES", "OF")]
+    arms = (
+        (tried["version"], tried["mode"], f"{tried['share']:g}", _when(tried["since"]), "trial_votes"),
+        (found["stable"], "serving", "-", "-", "stable_votes"),
+    )
+    for *cells, arm in arms:
+        votes = decision["figures"][arm]
+        rows.append((*cells, str(votes["good"]), str(votes["good"] + votes["bad"])))
+    return rows
+
+
 def rounds(rounds: "Rounds") -> Rows:
     """Every round with what it learned from, where it stands and what came of it."""
     rows: Rows = [("ROUND", "STATE", "STAGE", "EVENTS", "STARTED", "TOOK", "VERSION", "NOTE", "ERROR")]

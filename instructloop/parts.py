@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructloop import access, installation
+from instructloop import access, canary, installation
 from instructloop.config import Config
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ async def serve(config: Config) -> int:
             replica_id=replica_id(config),
             waiting_hours=config.store.waiting_hours,
             round_report=lambda number: round_report(config, engine, number).html(),
+            trial_report=canary.open_canary(config, engine).report,
             raters=config.raters,
         )
     finally:
@@ -83,7 +84,7 @@ def round_report(config: Config, engine: "sqlalchemy.Engine", number: int) -> "R
 
 
 def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
-    """Move the stream to the store until `stop`; beside it, finish forgettings and delete what is too old."""
+    """Move the stream to the store until `stop`; beside it, do the upkeep and watch the canary."""
     import redis
 
     from feedback.ingest import run
@@ -94,11 +95,16 @@ def ingest(config: Config, consumer: str | None, stop: threading.Event) -> int:
     engine = installation.open_database(config)
     client = redis.Redis.from_url(config.queue_url)
     name = consumer or f"{socket.gethostname()}-{os.getpid()}"
-    beside = threading.Thread(target=Upkeep(config, engine, client).run, args=(stop,), daemon=True)
-    beside.start()
+    beside = [
+        threading.Thread(target=run_beside, args=(stop,), daemon=True)
+        for run_beside in (Upkeep(config, engine, client).run, canary.open_canary(config, engine).run)
+    ]
+    for thread in beside:
+        thread.start()
     run(StreamReader(client, config.queue, name), Store(engine, config.store.waiting_hours), stop)
     # A step that was cut short is done again by the next ingest.
-    beside.join(timeout=_UPKEEP_END_SECONDS)
+    for thread in beside:
+        thread.join(timeout=_UPKEEP_END_SECONDS)
     client.close()
     return 0
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from instructloop import config as configuration
 from instructloop import installation, model, processes, redis_process
 from instructloop.config import Config
 from instructloop.processes import Child
+from instructloop.trial_replica import NAME as TRIAL
+from instructloop.trial_replica import TrialReplica
 
 if TYPE_CHECKING:
     import sqlalchemy
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 REDIS_START_SECONDS = 60.0
 # A lock that outlives its owner belongs to children that are still ending.
 LOCK_WAIT_SECONDS = 20.0
-GRACE_SECONDS = {"redis": 20.0, "model": 2.0, "serve": 30.0, "ingest": 15.0, "train": 15.0}
+GRACE_SECONDS = {"redis": 20.0, "model": 2.0, "serve": 30.0, TRIAL: 30.0, "ingest": 15.0, "train": 15.0}
 
 
 class SupervisorProblem(RuntimeError):  # noqa: N818
@@ -58,6 +60,7 @@ class _Supervisor:
         self._lock = lock
         self._children: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._trial: TrialReplica | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
@@ -103,6 +106,10 @@ class _Supervisor:
         self._spawn_ours("ingest", "--consumer", f"{socket.gethostname()}-up")
         self._spawn_ours("train", "--every", f"{self._config.training.every_hours}h")
         self._tasks.append(asyncio.create_task(self._watch_server(engine)))
+        if self._config.rollout.trial_replica:
+            registry = installation.open_registry(self._config, engine)
+            self._trial = TrialReplica(registry, self._trial_child, lambda line: say("up", line))
+            self._tasks.append(asyncio.create_task(self._trial.run()))
 
     async def _start_redis(self) -> None:
         if self._config.queue.url:
@@ -142,8 +149,17 @@ class _Supervisor:
             raise model.ModelProblem((child.tail() or ["the model could not be prepared"])[-1])
         say("model", f"ready after {time.monotonic() - began:.0f} s")
 
+    def _trial_child(self) -> Child:
+        # The same place each time, where it is free: a replica is named by it.
+        try:
+            port = _free_port(self._config.server.host, self._port + 1)
+        except (SupervisorProblem, OverflowError):
+            port = _free_port(self._config.server.host, 0)
+        own = {"INSTRUCTLOOP_SERVER__PORT": str(port), "INSTRUCTLOOP_SERVER__URL": ""}
+        return self._child(TRIAL, _ours("serve", "--track", "trial"), own)
+
     def _spawn_ours(self, name: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", "instructloop.cli", name, *arguments]
+        command = _ours(name, *arguments)
         nice = shutil.which("nice")
         if name == "train" and nice:
             command = [nice, "-n", "10", *command]  # people wait for the server, nobody for a round
@@ -153,11 +169,11 @@ class _Supervisor:
         self._children[name] = self._child(name, command)
         self._tasks.append(asyncio.create_task(self._children[name].keep()))
 
-    def _child(self, name: str, command: list[str]) -> Child:
+    def _child(self, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> Child:
         return Child(
             name,
             command,
-            environment=self._environment,
+            environment={**self._environment, **(variables or {})},
             log=self._config.data_dir / "logs" / f"{name}.log",
             say=lambda line: say(name, line),
             grace_seconds=GRACE_SECONDS[name],
@@ -207,7 +223,10 @@ class _Supervisor:
         if self._children:
             say("up", "stopping")
         for names in (("model", "serve", "train"), ("ingest",), ("redis",)):
-            await asyncio.gather(*(self._children[name].stop() for name in names if name in self._children))
+            stops = [self._children[name].stop() for name in names if name in self._children]
+            if self._trial is not None:
+                stops.append(self._trial.end())
+            await asyncio.gather(*stops)
         for task in self._tasks:
             task.cancel()
         for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
@@ -215,6 +234,10 @@ class _Supervisor:
                 say("up", f"{type(outcome).__name__}: {outcome}")
         if self._children:
             say("up", "stopped")
+
+
+def _ours(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "instructloop.cli", name, *arguments]
 
 
 def say(name: str, line: str) -> None:

@@ -18,7 +18,14 @@ from registry.tables import AUDIT_LOG, VERSION_LOG
 
 Outcome = Literal["done", "refused", "failed"]
 
-_MOVES = {"promoted": "promote", "rejected": "reject", "rolled_back": "rollback"}
+_MOVES = {
+    "promoted": "promote",
+    "rejected": "reject",
+    "rolled_back": "rollback",
+    "canary": "canary",
+    "shadow": "shadow",
+    "withdrawn": "withdraw",
+}
 """What the version log calls the moves that stand here as what somebody did."""
 
 _WIDTH = 200

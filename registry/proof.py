@@ -9,6 +9,7 @@ It decides nothing and loads nothing into engines; `server` and `evaluation.samp
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ _FUSED = {
 
 
 _OUTPUT = "lm_head.weight"
+
+_ARCHITECTURE = (
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""The keys of config.json that say how an engine is built. It is built once: weights change, it does not."""
 
 
 class WeightProof:
@@ -102,21 +120,59 @@ def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
     return found
 
 
+def difference(held: Path, other: Path) -> str | None:
+    """Say in which way checkpoint `other` is another model than `held`: the first that is found, or None.
+
+    What the configuration says of the architecture, and the shapes of the tensors that both have.
+    Raises ValueError for a file that can't be read.
+    """
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (held, other)]
+    for key in _ARCHITECTURE:
+        mine, theirs = (config.get(key) for config in configs)
+        if mine != theirs and None not in (mine, theirs):
+            return f"{key} is {theirs}, not {mine}"
+    shapes = _shapes(held)
+    for name, shape in _shapes(other).items():
+        if shapes.get(name, shape) != shape:
+            return f"{name} has the shape {shape}, not {shapes[name]}"
+    return None
+
+
+def _shapes(directory: Path) -> dict[str, list[int]]:
+    """Read the shape of each tensor from the headers of the files."""
+    found: dict[str, list[int]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with _opened(file) as opened:
+            found |= {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises ValueError naming it if it is none, or not all of one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} can't be read: {error}") from error
+
+
 def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Each tensor of the checkpoint, a tied output layer, each fused layer; one in memory at a time."""
     import torch
-    from safetensors import safe_open
 
     where: dict[str, Path] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             where |= dict.fromkeys(opened.keys(), file)
     for name, file in where.items():
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             yield name, opened.get_tensor(name)
     embeddings = [name for name in where if name.endswith("embed_tokens.weight")]
     if len(embeddings) == 1 and _OUTPUT not in where:
-        with safe_open(where[embeddings[0]], framework="pt") as opened:
+        with _opened(where[embeddings[0]]) as opened:
             yield _OUTPUT, opened.get_tensor(embeddings[0])
     for fused, parts in _FUSED.items():
         for first in [name for name in where if f".{parts[0]}." in name]:
@@ -124,7 +180,7 @@ def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             if all(name in where for name in names):
                 pieces = []
                 for name in names:
-                    with safe_open(where[name], framework="pt") as opened:
+                    with _opened(where[name]) as opened:
                         pieces.append(opened.get_tensor(name))
                 yield first.replace(f".{parts[0]}.", f".{fused}."), torch.cat(pieces)
 

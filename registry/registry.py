@@ -10,15 +10,15 @@ import fcntl
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from registry import manifest as manifests
 from registry.manifest import BrokenVersion, Manifest
-from registry.states import Action, Fleet, IllegalTransition, State, apply, fold
+from registry.states import Action, Fleet, IllegalTransition, Mode, State, Trial, apply, fold
 from registry.tables import REPLICAS, VERSION_LOG
 
 __all__ = [
@@ -29,9 +29,14 @@ __all__ = [
     "Manifest",
     "Registry",
     "Replica",
+    "Track",
+    "Trial",
     "UnknownVersion",
     "Version",
 ]
+
+Track = Literal["stable", "trial"]
+"""What a replica follows: the stable version, or the one on trial."""
 
 _APPEND_ATTEMPTS = 20
 
@@ -55,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """The version that should serve, and the number of the log entry that said so."""
+    """The version that a track should serve, and the number of the log entry that said so."""
 
     name: str
     sequence: int
@@ -65,7 +70,8 @@ class Desired:
 class Replica:
     """What one server replica says of itself.
 
-    `state` is one of `starting`, `serving`, `swapping`, `failed`, `stopped`; `detail` says why in words.
+    `state` is one of `starting`, `serving`, `swapping`, `failed`, `stopped`; `detail` says why in words;
+    `track` is `stable` or `trial`.
     `seen_at` is in Unix seconds; `Registry.report` sets it.
     """
 
@@ -78,11 +84,12 @@ class Replica:
     url: str | None = None
     seen_at: float = 0.0
     last_swap_seconds: float | None = None
+    track: Track = "stable"
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One thing that happened to a version; `at` is in Unix seconds."""
+    """One thing that happened to a version; `at` is in Unix seconds, `share` that of a canary or shadow."""
 
     sequence: int
     at: float
@@ -90,6 +97,7 @@ class LogEntry:
     action: str
     version: str
     reason: str
+    share: float | None = None
 
 
 class Registry:
@@ -144,12 +152,14 @@ class Registry:
     def prune(self, keep: int, spare: Collection[str | None] = ()) -> list[str]:
         """Delete the weights of old versions that rounds made, and return the names of these versions.
 
-        Kept are those that serve or that a replica has or wants, the one that a rollback returns to, those
-        in `spare` and the `keep` newest others. A pruned version keeps its manifest. It is marked before its
-        files go, so a kill in between leaves nothing that could be promoted; the next call deletes the rest.
+        Kept are those that serve or that a replica has or wants, the one that a rollback returns to, the one
+        on trial, those in `spare` and the `keep` newest others. A pruned version keeps its manifest. It is
+        marked before its files go, so a kill in between leaves nothing that could be promoted; the next call
+        deletes the rest.
         """
         fleet = self._fleet()
         in_use = {fleet.serving, fleet.rollback_target, *spare}
+        in_use.add(fleet.trial.version if fleet.trial else None)
         in_use |= {name for replica in self.replicas() for name in (replica.actual, replica.desired)}
         versions = self.versions()
         others = [
@@ -205,14 +215,21 @@ class Registry:
 
     # -- moves
 
-    def promote(self, name: str, *, actor: str, reason: str) -> None:
+    def promote(self, name: str, *, actor: str, reason: str, trial: Trial | None = None) -> None:
         """Make `name` the version that should serve.
 
+        What else is on trial is withdrawn by that. With `trial`, only while just this trial goes on.
+
         Raises UnknownVersion, BrokenVersion if its files have changed since it was published, and
-        IllegalTransition if it serves already or was rejected.
+        IllegalTransition if it serves already or was rejected, or `trial` is over.
         """
+
+        def promoted(fleet: Fleet) -> tuple[Action, str]:
+            _still(fleet, trial)
+            return "promoted", name
+
         self.verify(name)
-        self._append(lambda _: ("promoted", name), actor, reason)
+        self._append(promoted, actor, reason)
 
     def reject(self, name: str, *, actor: str, reason: str) -> None:
         """Rule `name` out for good; raises UnknownVersion, IllegalTransition if it serves."""
@@ -235,9 +252,44 @@ class Registry:
         self.verify(before(self._fleet())[1])
         return self._append(before, actor, reason).version
 
-    def desired(self) -> Desired | None:
-        """Return the version that replicas should serve; None before the first promotion."""
+    def canary(self, name: str, share: float, *, actor: str, reason: str) -> None:
+        """Let `name` answer `share` (0 to 1) of the end users beside the version that serves.
+
+        Also changes the share of a canary and turns a shadow into one. Raises UnknownVersion, BrokenVersion,
+        and IllegalTransition where another version is on trial, nothing serves or the share is not one.
+        """
+        self._try("canary", name, share, actor, reason)
+
+    def shadow(self, name: str, share: float, *, actor: str, reason: str) -> None:
+        """Let `name` answer copies of `share` (0 to 1) of the requests, which nobody sees; as `canary`."""
+        self._try("shadow", name, share, actor, reason)
+
+    def withdraw(self, *, actor: str, reason: str, trial: Trial | None = None) -> str:
+        """End the trial and return the name of its version, which is again what it was before.
+
+        With `trial`, only that one, unchanged. Raises IllegalTransition if none goes on, or not that one.
+        """
+
+        def withdrawn(fleet: Fleet) -> tuple[Action, str]:
+            _still(fleet, trial)
+            if fleet.trial is None:
+                raise IllegalTransition("no version is on trial")
+            return "withdrawn", fleet.trial.version
+
+        return self._append(withdrawn, actor, reason).version
+
+    def trial(self) -> Trial | None:
+        """Return the version that is tried beside the stable one, if any."""
+        return self._fleet().trial
+
+    def desired(self, track: Track = "stable") -> Desired | None:
+        """Return the version that replicas of a track should serve; None before the first promotion.
+
+        Without a trial the trial track follows the stable one.
+        """
         fleet = self._fleet()
+        if track == "trial" and fleet.trial is not None:
+            return Desired(fleet.trial.version, fleet.trial.sequence)
         return Desired(fleet.serving, fleet.desired_sequence) if fleet.serving is not None else None
 
     def log(self, limit: int = 100) -> list[LogEntry]:
@@ -250,14 +302,28 @@ class Registry:
 
     def report(self, replica: Replica) -> None:
         """Record what a replica says of itself, now."""
-        row = {**asdict(replica), "seen_at": time.time()}
         with self._engine.begin() as connection:
-            # A row has one writer, the replica itself, so this cannot race with another insert.
-            changed = connection.execute(
-                sa.update(REPLICAS).where(REPLICAS.c.id == replica.id).values(**row)
-            ).rowcount
-            if not changed:
-                connection.execute(sa.insert(REPLICAS).values(**row))
+            _report(connection, replica)
+
+    def begin_swap(self, replica: Replica, max_unavailable: int, stale_seconds: float) -> bool:
+        """Record `replica` as swapping, unless `max_unavailable` others of its track are; say whether.
+
+        Replicas that were not heard of for `stale_seconds` don't count. Of several that ask at once, no more
+        than `max_unavailable` are told yes. Nothing is written when the answer is no.
+        """
+        others = sa.select(sa.func.count()).where(
+            REPLICAS.c.track == replica.track,
+            REPLICAS.c.id != replica.id,
+            REPLICAS.c.state == "swapping",
+            REPLICAS.c.seen_at > time.time() - stale_seconds,
+        )
+        with self._engine.begin() as connection:
+            if connection.dialect.name == "postgresql":  # SQLite holds its one write lock already
+                connection.exec_driver_sql("LOCK TABLE replicas IN SHARE ROW EXCLUSIVE MODE")
+            if connection.execute(others).scalar_one() >= max_unavailable:
+                return False
+            _report(connection, replace(replica, state="swapping"))
+        return True
 
     def forget(self, replica_id: str) -> None:
         """Remove a replica that was shut down for good."""
@@ -281,21 +347,31 @@ class Registry:
         rows = connection.execute(sa.select(VERSION_LOG).order_by(VERSION_LOG.c.sequence))
         return [LogEntry(**row._mapping) for row in rows]
 
-    def _append(self, decide: Callable[[Fleet], tuple[Action, str]], actor: str, reason: str) -> LogEntry:
+    def _append(
+        self,
+        decide: Callable[[Fleet], tuple[Action, str]],
+        actor: str,
+        reason: str,
+        share: float | None = None,
+    ) -> LogEntry:
         """Decide on the log as it is and append; again if another process appended in between."""
         for attempt in range(_APPEND_ATTEMPTS):
             try:
                 with self._engine.begin() as connection:
                     fleet = fold(self._entries(connection))
                     action, name = decide(fleet)
-                    apply(fleet, action, name)
-                    entry = LogEntry(fleet.sequence + 1, time.time(), actor, action, name, reason)
+                    apply(fleet, action, name, share=share)
+                    entry = LogEntry(fleet.sequence + 1, time.time(), actor, action, name, reason, share)
                     connection.execute(sa.insert(VERSION_LOG).values(**asdict(entry)))
                 return entry
             except sa.exc.IntegrityError:
                 if attempt == _APPEND_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
+
+    def _try(self, mode: Mode, name: str, share: float, actor: str, reason: str) -> None:
+        self.verify(name)
+        self._append(lambda _: (mode, name), actor, reason, share)
 
     def _is_ready(self, name: str) -> bool:
         return (self._root / name / manifests.READY).exists()
@@ -379,3 +455,19 @@ class Registry:
         with (self._root / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _report(connection: sa.Connection, replica: Replica) -> None:
+    row = {**asdict(replica), "seen_at": time.time()}
+    # A row has one writer, the replica itself, so this cannot race with another insert.
+    changed = connection.execute(
+        sa.update(REPLICAS).where(REPLICAS.c.id == replica.id).values(**row)
+    ).rowcount
+    if not changed:
+        connection.execute(sa.insert(REPLICAS).values(**row))
+
+
+def _still(fleet: Fleet, trial: Trial | None) -> None:
+    """Raise IllegalTransition if `trial` was asked for and does not go on just as it was."""
+    if trial is not None and fleet.trial != trial:
+        raise IllegalTransition(f"the trial of {trial.version} is over or was changed meanwhile")

@@ -27,6 +27,7 @@ VERSION_LOG = sa.Table(
     sa.Column("action", sa.String(40), nullable=False),
     sa.Column("version", sa.String(100), nullable=False),
     sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("share", sa.Float),
 )
 
 # What operators did beyond the version log, and what they were refused. Triggers keep it
@@ -56,6 +57,7 @@ REPLICAS = sa.Table(
     sa.Column("url", sa.String(500)),
     sa.Column("seen_at", sa.Float, nullable=False),
     sa.Column("last_swap_seconds", sa.Float),
+    sa.Column("track", sa.String(20), nullable=False, server_default="stable"),
 )
 
 ROUNDS = sa.Table(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from registry.audit import AuditEntry
-from registry.registry import Manifest, Replica
+from registry.registry import Manifest, Replica, Trial
 from registry.rounds import Metric, Round
 from registry.states import State
 
@@ -175,7 +175,7 @@ class VersionAnswer(BaseModel):
 class Moved(BaseModel):
     """A move that was recorded; with `wait`, what the replicas serve since."""
 
-    action: Literal["promoted", "rejected", "rolled_back"]
+    action: Literal["promoted", "rejected", "rolled_back", "canary", "shadow", "withdrawn"]
     version: str
     replicas: list[Replica] | None = None
 
@@ -229,6 +229,30 @@ class Audit(BaseModel):
     """What operators did or were refused, newest first."""
 
     entries: list[AuditEntry]
+
+
+class TrialDecision(BaseModel):
+    """What the rule does with the trial now, why, and the votes and the evidence behind it."""
+
+    move: Literal["keep", "promote", "rollback"]
+    reason: str
+    figures: dict[str, Any]
+
+
+class TrialAnswer(BaseModel):
+    """The version on trial beside the one that serves, if any; without `rule`, nothing acts by itself."""
+
+    stable: str | None
+    trial: Trial | None
+    rule: bool
+    decision: TrialDecision | None
+
+
+class Try(BaseModel):
+    """The body that puts a version on trial: the share of end users (canary) or of requests (shadow)."""
+
+    share: float = Field(gt=0, le=1)
+    reason: str = Field(default="", max_length=1000, description="Written to the log")
 
 
 class Move(BaseModel):

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 import uvicorn
@@ -32,7 +34,7 @@ from feedback.spool import Spool
 from feedback.store import Store
 from registry.audit import AuditLog
 from registry.lineage import Lineage
-from registry.registry import BrokenVersion, Registry, Replica, Version
+from registry.registry import BrokenVersion, Registry, Replica, Track, Version
 from registry.rounds import Rounds
 from registry.settings import RolloutSettings
 from server.access import Authenticator
@@ -50,8 +52,10 @@ from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
+from server.routes_trial import TrialRoutes
+from server.routing import Router
 from server.settings import ServerSettings
-from server.swap import Swapper
+from server.swap import Swapper, is_proven
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +81,20 @@ async def serve(
     replica_id: str,
     waiting_hours: float,
     round_report: Callable[[int], str],
+    trial_report: Callable[[], dict[str, Any]],
     raters: RaterSettings,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
     `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
-    `round_report` makes the page about a round, for operators.
+    `round_report` makes the page about a round and `trial_report` tells of the trial, for operators.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
     identity = Replica(
-        replica_id, None, None, "starting", pid=os.getpid(), url=f"http://{settings.host}:{settings.port}"
+        replica_id, None, None, "starting", pid=os.getpid(), url=address(settings), track=settings.track
     )
-    version = await anyio.to_thread.run_sync(first_whole, registry)
+    version = await anyio.to_thread.run_sync(first_whole, registry, settings.track)
     await anyio.to_thread.run_sync(registry.report, identity)
     prepare_environment()
     signal.signal(signal.SIGTERM, _end_start)
@@ -113,9 +118,21 @@ async def serve(
             identity,
             watch_seconds=rollout.watch_seconds,
             retry_seconds=settings.swap_retry_seconds,
+            max_unavailable=rollout.max_unavailable,
         )
         await swapper.begin(version)
+        # A version that no engine has held before is not started on, but swapped to, where it can be refused.
+        await swapper.step()
         ids = Identity(secret, token_hours=settings.token_hours)
+        routing = Router(
+            registry,
+            ids,
+            metrics,
+            replica_id=replica_id,
+            track=settings.track,
+            watch_seconds=rollout.watch_seconds,
+            copies=rollout.shadow_copies,
+        )
         store, rounds = Store(database), Rounds(database)
         dead_letters, lineage = DeadLetters(database, waiting_hours), Lineage(database)
         audit = AuditLog(database)
@@ -151,6 +168,7 @@ async def serve(
                 wait_seconds=rollout.wait_seconds,
                 round_report=round_report,
             ).router(),
+            TrialRoutes(registry=registry, audit=audit, report=trial_report).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
         ]
@@ -162,31 +180,49 @@ async def serve(
             authenticator=Authenticator(Keys(database), ids),
             limits=limits,
             obstacle=swapper.obstacle,
+            routing=routing,
         )
         async with engine.lifespan():
-            await _run(app, settings, engine_dead=lambda: engine.dead, tasks=[recorder.run, swapper.run])
+            tasks = [recorder.run, swapper.run, routing.run]
+            await _run(app, settings, engine_dead=lambda: engine.dead, tasks=tasks)
         await recorder.flush(_FLUSH_SECONDS)
         await swapper.stop()
     finally:
         engine.close()
 
 
-def first_whole(registry: Registry) -> Version:
-    """Pick the version to start on: the wanted one, or if its files are broken, one that served before.
+def first_whole(registry: Registry, track: Track) -> Version:
+    """Pick the version to start on: the one that `track` wants, if an engine has held it before.
 
-    Raises NothingToServe.
+    Else, or if its files are broken, one that an engine has held: the stable one or one that served before.
+    From there the wanted one is swapped to, which can be refused without an end. Only where no engine has
+    held any, as at the very first start, is it the first that is whole. Raises NothingToServe.
     """
-    desired = registry.desired()
-    if desired is None:
+    stable, desired = registry.desired(), registry.desired(track)
+    if stable is None or desired is None:
         raise NothingToServe("no version has been promoted yet")
     retired = [version.name for version in reversed(registry.versions()) if version.state == "retired"]
-    for name in (desired.name, *retired):
+    whole: list[Version] = []
+    for name in dict.fromkeys((desired.name, stable.name, *retired)):
         try:
             registry.verify(name)
-            return registry.version(name)
+            whole.append(registry.version(name))
         except (BrokenVersion, KeyError) as error:
             logger.error("can't start on %s: %s", name, error)
-    raise NothingToServe(f"{desired.name} is broken, and so is every version that served before it")
+            continue
+        if is_proven(whole[-1]):
+            return whole[-1]
+    if not whole:
+        raise NothingToServe(f"{desired.name} is broken, and so is every version that served before it")
+    return whole[0]
+
+
+def address(settings: ServerSettings) -> str:
+    """Return where other replicas reach this one, without a slash at the end."""
+    if settings.url is not None:
+        return settings.url.rstrip("/")
+    host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 def prepare_environment() -> None:
@@ -206,6 +242,7 @@ def assemble(
     authenticator: Authenticator,
     limits: Limits,
     obstacle: Callable[[], str | None],
+    routing: Router | None = None,
 ) -> ASGIApp:
     """Our routes, behind them the engine's app, in front of both the gate, and CORS where it is wanted."""
     inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
@@ -226,6 +263,7 @@ def assemble(
         limits=limits,
         max_body_bytes=settings.max_body_bytes,
         obstacle=obstacle,
+        router=routing,
     )
     if settings.cors_origins:
         app = CORSMiddleware(

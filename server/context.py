@@ -42,7 +42,7 @@ class Generation:
     """One request for text as the client made it.
 
     `prompts` has an entry for each prompt of a completion request (None where it is token ids) and is empty
-    for the endpoints that take messages.
+    for the endpoints that take messages. `source` is `serving`, or `shadow` for a copy of a request.
     """
 
     completion_id: str
@@ -51,6 +51,7 @@ class Generation:
     user: str | None = None
     messages: list[dict[str, Any]] | None = None
     prompts: tuple[str | None, ...] = ()
+    source: str = "serving"
 
     @property
     def parts(self) -> int | None:
@@ -80,7 +81,9 @@ _INTEGER = TypeAdapter(int)
 _LARGEST_N = 100_000
 
 
-def generation_of(path: str, completion_id: str, key_id: str, body: Mapping[str, Any]) -> Generation:
+def generation_of(
+    path: str, completion_id: str, key_id: str, body: Mapping[str, Any], source: str = "serving"
+) -> Generation:
     """Read from a request body what a record of it should carry; odd bodies are vLLM's to refuse."""
     prompts: tuple[str | None, ...] = ()
     messages = None
@@ -91,7 +94,7 @@ def generation_of(path: str, completion_id: str, key_id: str, body: Mapping[str,
             messages = _messages(body.get("instructions"), body.get("input"))
         case _:
             messages = _messages(body.get("system"), body.get("messages"))
-    return Generation(completion_id, path, key_id, _user(body), messages, prompts)
+    return Generation(completion_id, path, key_id, end_user(body), messages, prompts, source)
 
 
 def choice_count(path: str, body: Mapping[str, Any]) -> int | None:
@@ -113,7 +116,8 @@ def choice_count(path: str, body: Mapping[str, Any]) -> int | None:
     return n * prompts if 1 <= n <= _LARGEST_N else None
 
 
-def _user(body: Mapping[str, Any]) -> str | None:
+def end_user(body: Mapping[str, Any]) -> str | None:
+    """Return the end user whom the client names in a request body, if it names one."""
     metadata = body.get("metadata")
     named = metadata.get("user_id") if isinstance(metadata, dict) else None
     user = body.get("user") or named

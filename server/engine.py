@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -23,7 +24,6 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.transformers_utils.config import get_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,13 +33,14 @@ from server.context import GENERATION, Generation
 from server.recorder import Recorder
 from server.recording import SAMPLING_FIELDS, Recording
 from server.settings import ServerSettings
+from server.swap import ProbeToken
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
 _STAGING_POLL_SECONDS = 0.1
-_NOT_ARCHITECTURE = ("transformers_version", "torch_dtype", "dtype", "use_cache")
-"""What a checkpoint's config says beside which computation its weights are for."""
+_PROBE_PROMPT = "Once upon a time there was a"
+_PROBE_TOKENS = 8
 
 
 class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-checked
@@ -166,7 +167,6 @@ class Engine:
         self.topology = f"{current_platform.device_type}-{self.dtype}-tp{parallel.tensor_parallel_size}"
         self.ranks = parallel.world_size
         self._args = args
-        self._started_on = Path(args.model)
 
     @classmethod
     async def start(
@@ -227,28 +227,6 @@ class Engine:
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
         await self._llm.collective_rpc("refresh_packed_weights")
 
-    async def check(self, model_dir: Path) -> None:
-        """Raise ValueError, naming the setting, unless a checkpoint is of the architecture in service."""
-        ours, theirs = await asyncio.gather(
-            asyncio.to_thread(self._architecture, self._started_on),
-            asyncio.to_thread(self._architecture, model_dir),
-        )
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"another architecture: its {name} is {theirs.get(name)}, here it is {ours.get(name)}"
-                )
-
-    def _architecture(self, model_dir: Path) -> dict[str, Any]:
-        settings: dict[str, Any] = get_config(
-            str(model_dir), trust_remote_code=self._args.trust_remote_code
-        ).to_dict()
-        return {
-            name: value
-            for name, value in settings.items()
-            if not (name.startswith("_") or name.endswith("_token_id") or name in _NOT_ARCHITECTURE)
-        }
-
     async def stage(self, model_dir: Path) -> dict[str, str] | None:
         """Bring weights in beside those in service while requests run; None if this engine can only `load`.
 
@@ -280,6 +258,24 @@ class Engine:
         if len(ranks) == 1:
             return ranks[0]
         return {f"{i}/{name}": value for i, found in enumerate(ranks) for name, value in found.items()}
+
+    async def probe(self) -> list[ProbeToken]:
+        """Answer a fixed prompt greedily, beside the requests that run; it is not recorded."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=_PROBE_TOKENS,
+            ignore_eos=True,
+            logprobs=2,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (output,) = [
+            found async for found in self._llm.generate(_PROBE_PROMPT, params, f"probe-{uuid.uuid4().hex}")
+        ]
+        choice, answer = output.outputs[0], []
+        for token, ranked in zip(choice.token_ids, choice.logprobs, strict=True):
+            best, second = sorted((one.logprob for one in ranked.values()), reverse=True)[:2]
+            answer.append(ProbeToken(token, ranked[token].logprob, best - second))
+        return answer
 
     async def reset_caches(self) -> None:
         """Forget keys and values of other weights. Raises RuntimeError if vLLM keeps some."""

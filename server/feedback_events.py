@@ -14,7 +14,7 @@ from feedback.events import FEEDBACK, Event, Feedback, Ranking, Reference, refer
 from feedback.records import Completion
 from server.context import Caller
 from server.errors import Problem, invalid_field
-from server.identity import Identity, Issued, TokenClaims, rater_of_key, rater_of_token
+from server.identity import SHADOW_OWNER, Identity, Issued, TokenClaims, rater_of_key, rater_of_token
 
 Lookup = Callable[[str], list[Completion]]
 """Gives the stored parts of a completion, [] while there are none; it may block."""
@@ -68,7 +68,8 @@ def check_owner(
 ) -> Issued:
     """Return what the id says. Raises Problem 404 if it was never issued, 403 if not to this caller."""
     issued = identity.issued(completion_id)
-    if issued is None:
+    # What a shadow answered was given to nobody: for everybody there is no such completion.
+    if issued is None or issued.key_id == SHADOW_OWNER:
         raise Problem(404, f"no such completion: {completion_id}", param=param)
     if caller.role == "client" and issued.key_id != caller.key_id:
         raise Problem(403, "this completion was given to another client", param=param)

@@ -2,15 +2,25 @@
 
 A completion id carries the key it was issued to, how many choices were asked for, and a MAC, so every replica
 can tell from the id alone that it was issued, to whom, and which choices it has, before the record of the
-completion has arrived anywhere. Keys themselves are `feedback.keys`' business.
+completion has arrived anywhere. A replica also knows by a MAC what another one sends it. Keys themselves are
+`feedback.keys`' business.
 """
 
 import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
+
+Errand = Literal["serve", "shadow"]
+"""Why one replica sends another one a request: to be answered in its place, or only to be recorded."""
+
+_ERRANDS: tuple[Errand, ...] = get_args(Errand)
+
+SHADOW_OWNER = "shadow"
+"""In the place of a key in the ids of what nobody was given; no key has this id."""
 
 PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 """What vLLM's endpoints put before the request id that the middleware gives them."""
@@ -44,6 +54,7 @@ class Identity:
         if len(secret) < 16:
             raise ValueError("the secret must have at least 16 bytes")
         self._secret = hashlib.sha256(b"instructloop.completion-id" + secret).digest()
+        self._errands = hashlib.sha256(b"instructloop.errand" + secret).digest()
         self._tokens = URLSafeTimedSerializer(
             secret, salt=_SALT, signer_kwargs={"digest_method": hashlib.sha256}
         )
@@ -90,6 +101,23 @@ class Identity:
         except BadSignature:
             return None
         return TokenClaims(completion_id, user)
+
+    def seal(self, errand: Errand, key_id: str, path: str, body: bytes) -> str:
+        """Return the header by which a replica tells another one that it sends this very request, and why."""
+        return f"{errand}.{self._errand_mac(errand, key_id, path, body)}"
+
+    def errand(self, seal: str, key_id: str, path: str, body: bytes) -> Errand | None:
+        """Return why another replica sends this request; None if none did."""
+        name, _, mac = seal.partition(".")
+        for errand in _ERRANDS:
+            expected = self._errand_mac(errand, key_id, path, body)
+            if name == errand and hmac.compare_digest(expected.encode(), mac.encode("utf-8", "replace")):
+                return errand
+        return None
+
+    def _errand_mac(self, errand: Errand, key_id: str, path: str, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        return hmac.digest(self._errands, f"{errand}\0{key_id}\0{path}\0{digest}".encode(), "sha256").hex()
 
     def _mac(self, key_id: str, nonce: str) -> str:
         message = f"{key_id}\0{nonce}".encode("utf-8", "surrogatepass")

@@ -32,6 +32,15 @@ class ServerMetrics:
         self.limited = Counter(
             "instructloop_requests_limited", "Requests over a rate limit", ["limit"], registry=registry
         )
+        self.routed = Counter(
+            "instructloop_requests_routed",
+            "Requests during a trial: whose arm's, and answered here, by a peer, or here for want of one",
+            ["arm", "where"],
+            registry=registry,
+        )
+        self.shadow_copies = Counter(
+            "instructloop_shadow_copies", "Copies of requests for a shadow", ["outcome"], registry=registry
+        )
         self.swaps = Counter(
             "instructloop_swaps", "Attempts to serve another version", ["outcome"], registry=registry
         )

@@ -2,7 +2,8 @@
 
 It authenticates, applies `server.access` and `server.limits`, bounds and reads the body, gives each
 generation its id before vLLM sees it (so the headers are right before the first byte of a stream), and
-answers refusals in the one error shape. It decides nothing about what a route does.
+answers refusals in the one error shape. While a version is on trial it lets `server.routing` pass a request
+on to another replica. It decides nothing about what a route does.
 """
 
 import json
@@ -13,16 +14,21 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from feedback.records import SHADOW
 from server.access import Authenticator, roles_of
 from server.body import parse_object
 from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, choice_count, generation_of
 from server.errors import Problem
-from server.identity import Identity, TokenClaims
+from server.identity import SHADOW_OWNER, Errand, Identity, TokenClaims
 from server.limits import Limits
+from server.routing import ERRAND_HEADER, Asked, Router
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = b"x-request-id"
+_OURS = (_REQUEST_ID, ERRAND_HEADER.encode())
+"""Headers whose values a client does not choose."""
+
 _ENGINE_BODIES = frozenset(ENDPOINTS) | {"/tokenize", "/detokenize"}
 """The paths whose bodies are read by vLLM."""
 
@@ -30,7 +36,8 @@ _ENGINE_BODIES = frozenset(ENDPOINTS) | {"/tokenize", "/detokenize"}
 class Gate:
     """Pure ASGI middleware; `max_body_bytes` bounds every request's body.
 
-    `obstacle` says why nothing may be generated at the moment, or None.
+    `obstacle` says why nothing may be generated at the moment, or None. Without a `router` every request is
+    answered here.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Gate:
         limits: Limits,
         max_body_bytes: int,
         obstacle: Callable[[], str | None],
+        router: Router | None = None,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
@@ -49,6 +57,7 @@ class Gate:
         self._limits = limits
         self._max_body_bytes = max_body_bytes
         self._obstacle = obstacle
+        self._router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, changed where needed, or refuse it."""
@@ -61,14 +70,22 @@ class Gate:
         try:
             caller = await self._admit(scope)
             body = await self._read(scope, receive)
-            scope, body, generation = self._prepare(scope, caller, body)
+            errand = await self._errand(scope, caller, body)
+            fields = self._fields(scope, caller, body)
+            asked = None if errand is not None else self._asked(scope, caller, body, fields)
+            if asked is not None and await self._passed_on(asked, receive, send):
+                return
+            scope, body, generation = self._prepare(scope, caller, body, fields, errand)
         except Problem as problem:
             await problem.response()(scope, receive, send)
             return
         if caller is not None:
             CALLER.set(caller)
         GENERATION.set(generation)
-        await self._app(scope, _replayed(body, receive), self._sender(send, generation))
+        if generation is not None and generation.source == SHADOW:
+            await self._app(scope, _replayed(body, receive), send)
+        else:
+            await self._app(scope, _replayed(body, receive), self._sender(send, generation))
 
     async def _admit(self, scope: Scope) -> Caller | None:
         """Return the caller, if the route needs one. Raises Problem 401, 403, 404, 405, 429, 503."""
@@ -78,8 +95,40 @@ class Gate:
         caller = await self._authenticator.caller(Headers(scope=scope))
         if caller.role not in roles:
             raise Problem(403, f"a {caller.role} may not call this; it is for: {', '.join(sorted(roles))}")
-        await self._limits.request(caller)
+        # What another replica sends was counted there; whether it does is told by the body (`_errand`).
+        if ERRAND_HEADER not in Headers(scope=scope):
+            await self._limits.request(caller)
         return caller
+
+    async def _errand(self, scope: Scope, caller: Caller | None, body: bytes) -> Errand | None:
+        """Why another replica sends this request; None if a client does. Raises Problem 403 for a forgery."""
+        seal = Headers(scope=scope).get(ERRAND_HEADER)
+        if seal is None or caller is None:
+            return None
+        errand = self._identity.errand(seal, caller.key_id, scope["path"], body)
+        if errand is None:
+            await self._limits.request(caller)
+            raise Problem(403, f"{ERRAND_HEADER} is for replicas that share this one's secret")
+        return errand
+
+    def _asked(
+        self, scope: Scope, caller: Caller | None, body: bytes, fields: dict[str, Any] | None
+    ) -> Asked | None:
+        """Return what may be answered by another replica; None for what is this one's affair."""
+        if caller is None or fields is None or scope["path"] not in ENDPOINTS:
+            return None
+        return Asked.of(scope, body, fields, caller.key_id)
+
+    async def _passed_on(self, asked: Asked, receive: Receive, send: Send) -> bool:
+        """Whether another replica has answered; if not, one may get a copy. Raises Problem 503."""
+        if self._router is None:
+            return False
+        if await self._router.answered(asked, receive, send):
+            return True
+        if (reason := self._router.hidden()) is not None:
+            raise Problem(503, reason, retry_after=5)
+        self._router.copy(asked)
+        return False
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         too_large = Problem(413, f"the body may have at most {self._max_body_bytes} bytes")
@@ -100,27 +149,36 @@ class Gate:
             if not message.get("more_body", False):
                 return b"".join(pieces)
 
+    def _fields(self, scope: Scope, caller: Caller | None, body: bytes) -> dict[str, Any] | None:
+        """Return what a body for vLLM says, None for other bodies. Raises Problem 422."""
+        posted = scope["method"] == "POST" and caller is not None
+        return parse_object(body) if posted and scope["path"] in _ENGINE_BODIES else None
+
     def _prepare(
-        self, scope: Scope, caller: Caller | None, body: bytes
+        self,
+        scope: Scope,
+        caller: Caller | None,
+        body: bytes,
+        fields: dict[str, Any] | None,
+        errand: Errand | None,
     ) -> tuple[Scope, bytes, Generation | None]:
         """Replace the request id, and note a generation. A client never chooses an id itself."""
-        headers = [item for item in scope["headers"] if item[0] != _REQUEST_ID]
+        headers = [item for item in scope["headers"] if item[0] not in _OURS]
         path = scope["path"]
-        posted = scope["method"] == "POST" and caller is not None
-        fields = parse_object(body) if posted and path in _ENGINE_BODIES else None
         generation = None
         if fields is not None and caller is not None and (prefix := ENDPOINTS.get(path)) is not None:
             if (reason := self._obstacle()) is not None:
                 raise Problem(503, reason, retry_after=5)
             self._check_ownership(fields, caller)
-            request_id = self._identity.new_request_id(caller.key_id, choice_count(path, fields))
+            owner, source = (SHADOW_OWNER, SHADOW) if errand == "shadow" else (caller.key_id, "serving")
+            request_id = self._identity.new_request_id(owner, choice_count(path, fields))
             headers.append((_REQUEST_ID, request_id.encode()))
             completion_id = prefix + request_id
             if prefix == "resp_":
                 fields["request_id"] = completion_id
                 body = json.dumps(fields).encode()
             if not fields.get("use_beam_search"):
-                generation = generation_of(path, completion_id, caller.key_id, fields)
+                generation = generation_of(path, completion_id, caller.key_id, fields, source)
         headers = [item for item in headers if item[0] not in (b"content-length", b"transfer-encoding")]
         headers.append((b"content-length", str(len(body)).encode()))
         return {**scope, "headers": headers}, body, generation

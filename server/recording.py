@@ -106,6 +106,7 @@ class Recording:
             parts=self._generation.parts,
             key_id=self._generation.key_id,
             user=self._generation.user,
+            source=self._generation.source,
             endpoint=self._generation.endpoint,
             created_at=self._started_at,
             latency_seconds=time.time() - self._started_at,

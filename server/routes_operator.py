@@ -33,10 +33,9 @@ from server.body import parse_object
 from server.context import CALLER, Caller
 from server.errors import Problem
 from server.openapi import problems, takes
+from server.swap import STALE_SECONDS
 
 RoundId = Annotated[int, Path(ge=1, lt=2**31)]
-STALE_SECONDS = 30.0
-"""A replica that has said nothing for so long is not waited for."""
 
 
 class OperatorRoutes:
@@ -95,7 +94,7 @@ class OperatorRoutes:
 
     async def version(self, name: str) -> VersionAnswer:
         """One version with its whole manifest."""
-        version = await _known(self._registry.version, name)
+        version = await known(self._registry.version, name)
         return VersionAnswer(name=version.name, state=version.state, manifest=version.manifest)
 
     async def promote(self, name: str, request: Request, wait: bool = False) -> Response:
@@ -128,7 +127,7 @@ class OperatorRoutes:
 
     async def round(self, round_id: RoundId) -> RoundDetail:
         """One round with the state of its stages, their seconds and results, and its figures."""
-        found = await _known(self._rounds.get, round_id)
+        found = await known(self._rounds.get, round_id)
         stages = await anyio.to_thread.run_sync(self._rounds.stages, round_id)
         metrics = await anyio.to_thread.run_sync(self._rounds.metrics, round_id)
         return RoundDetail(
@@ -141,7 +140,7 @@ class OperatorRoutes:
 
     async def round_report(self, round_id: RoundId) -> Response:
         """Return the page about one round, as far as it is."""
-        page = await _known(self._round_report, round_id)
+        page = await known(self._round_report, round_id)
         # Responses of models stand in it: escaped, and with nothing that a browser would run or fetch.
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
@@ -170,7 +169,7 @@ class OperatorRoutes:
                         return self._registry.rollback(actor=who, reason=reason)
             return name
 
-        moved: str = await _known(move)
+        moved: str = await known(move)
         return moved
 
     async def _moved(self, action: str, name: str, wait: bool) -> Response:
@@ -198,14 +197,14 @@ def actor(caller: Caller) -> str:
 
 
 def progress(replicas: list[Replica], name: str, *, now: float) -> Literal["served", "failed", "pending"]:
-    """How far the replicas are with serving `name`; those that stopped or fell silent don't count.
+    """How far the stable replicas are with serving `name`; those that stopped or fell silent don't count.
 
     `now` is in Unix seconds.
     """
     live = [
         replica
         for replica in replicas
-        if replica.state != "stopped" and now - replica.seen_at < STALE_SECONDS
+        if replica.track == "stable" and replica.state != "stopped" and now - replica.seen_at < STALE_SECONDS
     ]
     if any(replica.state == "failed" and replica.desired == name for replica in live):
         return "failed"
@@ -213,7 +212,7 @@ def progress(replicas: list[Replica], name: str, *, now: float) -> Literal["serv
     return "served" if done and all(done) else "pending"
 
 
-async def _known(function: Callable[..., Any], *arguments: Any) -> Any:
+async def known(function: Callable[..., Any], *arguments: Any) -> Any:
     """Ask the registry in a thread, speaking of what it refuses over HTTP."""
     try:
         return await anyio.to_thread.run_sync(function, *arguments)

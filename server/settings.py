@@ -1,6 +1,6 @@
 """How one serving replica listens, what it accepts, and how its engine is started."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,14 @@ class ServerSettings(BaseModel):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on")
+    url: str | None = Field(
+        default=None,
+        description="Where other replicas reach this one; unset: http://, the host or its name, the port",
+    )
+    track: Literal["stable", "trial"] = Field(
+        default="stable",
+        description="Whether this replica follows the stable version, or during a trial the one on trial",
+    )
     max_model_len: int = Field(default=2048, ge=16, description="Longest prompt plus response, in tokens")
     kv_cache_gib: float = Field(
         default=1.0, gt=0, description="Memory for attention keys and values on a CPU, in GiB"

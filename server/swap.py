@@ -2,16 +2,18 @@
 
 A version is verified on disk and fingerprinted before generation stops. Where the engine can hold it beside
 the one in service, it is also loaded, read back and compared before, and the two are only exchanged while
-requests are frozen; elsewhere it is loaded and compared then. Caches are dropped and requests go on, whatever
-fails: with the last good version, or, if that can't be loaded either, with nobody let in until one can.
-It does not choose versions: `registry` does.
+requests are frozen; elsewhere it is loaded and compared then. Caches are dropped, requests go on, and a
+greedy probe is compared with earlier ones. Whatever fails, requests go on: with the last good version, or, if
+that can't be loaded either, with nobody let in until one can. Of the replicas of a track no more than some
+swap at once. It does not choose versions: `registry` does.
 """
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,7 +28,36 @@ from server.metrics import ServerMetrics
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 30.0
+"""A replica that has said nothing for so long is taken for gone."""
+
+_PROOF = "engine_sha256_"
+_PROBE = "engine_probe_"
+_ROUNDING_NATS = 0.5
+"""What other batches of bfloat16 may move a logprob by; other weights move it by more."""
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeToken:
+    """One token of a greedy answer: its logprob and by how much it beat the second best, both in nats."""
+
+    id: int
+    logprob: float
+    margin: float
+
+
+def answers_alike(known: Sequence[ProbeToken], found: Sequence[ProbeToken]) -> bool:
+    """Whether two greedy answers to one prompt can be of one model, whose batches are rounded differently.
+
+    The tokens are the same, with about the same logprobs, up to the first near tie that fell otherwise.
+    """
+    for one, other in zip(known, found, strict=True):
+        if one.id != other.id:
+            return max(one.margin, other.margin) < _ROUNDING_NATS
+        if abs(one.logprob - other.logprob) > _ROUNDING_NATS:
+            return False
+    return True
 
 
 class WeightEngine(Protocol):
@@ -38,12 +69,12 @@ class WeightEngine(Protocol):
 
     async def pause(self) -> None: ...  # noqa: D102
     async def resume(self) -> None: ...  # noqa: D102
-    async def check(self, model_dir: Path) -> None: ...  # noqa: D102
     async def stage(self, model_dir: Path) -> dict[str, str] | None: ...  # noqa: D102
     async def exchange(self) -> None: ...  # noqa: D102
     async def unstage(self) -> None: ...  # noqa: D102
     async def load(self, model_dir: Path) -> None: ...  # noqa: D102
     async def fingerprint(self) -> dict[str, str]: ...  # noqa: D102
+    async def probe(self) -> list[ProbeToken]: ...  # noqa: D102
     async def reset_caches(self) -> None: ...  # noqa: D102
     async def label(self, version: str) -> None: ...  # noqa: D102
 
@@ -85,8 +116,25 @@ def target(desired: Desired | None, status: Status, *, now: float, retry_seconds
     return desired.name
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A version that was found whole on disk, with the fingerprint that an engine must have of it."""
+
+    desired: Desired
+    version: Version
+    expected: Mapping[str, str]
+
+
+def is_proven(version: Version) -> bool:
+    """Whether an engine has held this version whole before, on any topology."""
+    return any(key.startswith(_PROOF) for key in version.manifest.metrics)
+
+
 class Swapper:
-    """Watches the registry for one replica, `identity` of which is reported with every change of state."""
+    """Watches the registry for one replica, `identity` of which is reported with every change of state.
+
+    It follows the identity's track; `max_unavailable` replicas of a track swap at the same time.
+    """
 
     def __init__(
         self,
@@ -97,7 +145,9 @@ class Swapper:
         *,
         watch_seconds: float,
         retry_seconds: float,
+        max_unavailable: int = 1,
         fingerprint_checkpoint: Callable[[Path, str], dict[str, str]] = proof.checkpoint_fingerprint,
+        difference: Callable[[Path, Path], str | None] = proof.difference,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -105,8 +155,12 @@ class Swapper:
         self._identity = identity
         self._watch_seconds = watch_seconds
         self._retry_seconds = retry_seconds
+        self._max_unavailable = max_unavailable
         self._fingerprint_checkpoint = fingerprint_checkpoint
+        self._difference = difference
+        self._checked: _Checked | None = None
         self._reported: tuple[Replica, float] | None = None
+        self._reporting = asyncio.Lock()
         # The engine's whole fingerprint while it holds `status.serving`, and the tensors in it that this
         # engine is known to keep exactly as a checkpoint's files have them.
         self._held: dict[str, str] = {}
@@ -137,27 +191,30 @@ class Swapper:
             ", ".join(sorted(self._held.keys() - self._comparable)[:5]) or "none",
         )
         await self._compare_with_past(version, self._held)
+        await self._probe(version)
         await self._engine.label(version.name)
         self.status = Status(serving=version.name)
 
     async def run(self) -> None:
         """Follow the registry until cancelled; a database that is away is waited for."""
-        while True:
-            try:
-                await self.step()
-            except SQLAlchemyError as error:
-                logger.error("the registry can't be read: %s", error)
-            await asyncio.sleep(self._watch_seconds)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_repeat(self.step, self._watch_seconds))
+            # Beside it: checking and loading a large version takes longer than a replica may be silent.
+            group.create_task(_repeat(self._beat, HEARTBEAT_SECONDS))
 
     async def step(self) -> None:
-        """Look once, swap if needed, and report."""
-        desired = await _thread(self._registry.desired)
+        """Look once, swap if needed and allowed, and report."""
+        desired = await _thread(self._registry.desired, self._identity.track)
         wanted = target(desired, self.status, now=time.monotonic(), retry_seconds=self._retry_seconds)
-        if desired is not None and wanted is not None:
-            await self._report(desired, "swapping", f"loading {wanted}")
-            await self._swap(desired)
+        waits = False
+        if desired is not None and wanted is not None and (checked := await self._check(desired)) is not None:
+            waits = not await self._begin(checked)
+            if not waits:
+                await self._swap(checked)
         failure = self.status.failure
-        if failure is not None and desired is not None and desired.name != self.status.serving:
+        if waits:
+            await self._report(desired, "serving", f"waiting for its turn to load {wanted}")
+        elif failure is not None and desired is not None and desired.name != self.status.serving:
             await self._report(desired, "failed", failure.detail)
         elif not self.status.proven:
             await self._report(desired, "failed", self.obstacle() or "")
@@ -168,51 +225,106 @@ class Swapper:
         """Say that this replica serves no more."""
         await _thread(self._registry.report, replace(self._identity, actual=None, state="stopped"))
 
-    async def _swap(self, desired: Desired) -> None:
+    async def _check(self, desired: Desired) -> _Checked | None:
+        """Return the wanted version, found whole and fit for this engine; None if it is not, which is noted.
+
+        It is done once each time that a version is wanted: a replica that waits its turn does not repeat it.
+        """
+        if self._checked is not None and self._checked.desired == desired:
+            return self._checked
         try:
             version = await _thread(self._registry.version, desired.name)
             # Hashing every file also brings the checkpoint into memory, so that loading it is quick.
             await _thread(self._registry.verify, desired.name)
-            await self._engine.check(version.path)
             expected = await self._expected(version)
-            self._require_complete(version, expected)
-            staged = await self._stage(version, expected)
+            await self._require_fit(version, expected)
         except (BrokenVersion, KeyError, OSError, ValueError, UnprovenWeights) as error:
-            await self._engine.unstage()
             self._failed(desired, error)
+            return None
+        self._checked = _Checked(desired, version, expected)
+        return self._checked
+
+    async def _require_fit(self, version: Version, expected: Mapping[str, str]) -> None:
+        """Raise UnprovenWeights for a model of another architecture, or one that lacks a tensor."""
+        held = await _thread(self._registry.version, self.status.serving)
+        found = await _thread(self._difference, held.path, version.path)
+        if found is not None:
+            raise UnprovenWeights(f"{version.name} is not the model that this engine was built for: {found}")
+        if missing := sorted(self._comparable - expected.keys()):
+            raise UnprovenWeights(f"{version.name} lacks {missing[0]}")
+
+    async def _begin(self, checked: _Checked) -> bool:
+        """Take this replica's turn; False if others have it. One that serves nobody needs none."""
+        replica = self._replica(checked.desired, "swapping", f"loading {checked.version.name}")
+        if not self.status.proven:
+            await self._send(replica)
+            return True
+        async with self._reporting:
+            begun = await _thread(self._registry.begin_swap, replica, self._max_unavailable, STALE_SECONDS)
+            if begun:
+                self._reported = (replica, time.monotonic())
+        return begun
+
+    async def _swap(self, checked: _Checked) -> None:
+        # When it is wanted anew, it is looked at anew.
+        self._checked = None
+        before, held = self.status, self._held
+        try:
+            staged = await self._stage(checked)
+        except (ValueError, UnprovenWeights) as error:
+            await self._engine.unstage()
+            self._failed(checked.desired, error)
             return
         started = time.monotonic()
         await self._engine.pause()
         try:
-            await self._replace(desired, version, expected, staged)
+            await self._replace(checked, staged)
         finally:
             await self._engine.resume()
         seconds = time.monotonic() - started
         await self._engine.unstage()
         self._metrics.swap_seconds.observe(seconds)
         self.status = replace(self.status, last_swap_seconds=seconds)
+        if self.status.proven and self.status.serving == checked.version.name:
+            await self._keep_if_it_answers_as_before(checked, before, held)
 
-    async def _stage(self, version: Version, expected: Mapping[str, str]) -> dict[str, str] | None:
-        """Prove `version` beside the weights in service; None if the engine has to load it in their place.
+    async def _stage(self, checked: _Checked) -> dict[str, str] | None:
+        """Prove a version beside the weights in service; None if the engine has to load it in their place.
 
         An engine that keeps some tensor otherwise than the checkpoint's files (quantised, divided) has to.
         """
         if not self.status.proven or self._held.keys() != self._comparable:
             return None
-        staged = await self._engine.stage(version.path)
+        staged = await self._engine.stage(checked.version.path)
         if staged is not None:
-            await self._prove(version, staged, expected)
+            await self._prove(checked, staged)
         return staged
 
-    async def _replace(
-        self,
-        desired: Desired,
-        version: Version,
-        expected: Mapping[str, str],
-        staged: dict[str, str] | None,
+    async def _keep_if_it_answers_as_before(
+        self, checked: _Checked, before: Status, held: dict[str, str]
     ) -> None:
-        """Put `version` into the paused engine, or go back to what it held."""
-        before = self.status
+        """Go back to `before`, when the engine had `held`, if the probe is answered otherwise than earlier.
+
+        It takes a running engine, so it comes after the proof of the weights, not in its place: it sees what
+        is no weight, such as a wrong setting or keys and values of other weights.
+        """
+        try:
+            await self._probe(checked.version)
+            return
+        except UnprovenWeights as error:
+            self._failed(checked.desired, error)
+        failure = self.status.failure
+        self.status, self._held = replace(self.status, proven=False), held
+        await self._engine.pause()
+        try:
+            await self._go_back(before)
+        finally:
+            await self._engine.resume()
+        self.status = replace(self.status, failure=failure)
+
+    async def _replace(self, checked: _Checked, staged: dict[str, str] | None) -> None:
+        """Put a version into the paused engine, or go back to what it held."""
+        before, version = self.status, checked.version
         self.status = replace(before, proven=False)
         try:
             if staged is not None:
@@ -221,13 +333,13 @@ class Swapper:
             else:
                 await self._engine.load(version.path)
                 held = await self._engine.fingerprint()
-                await self._prove(version, held, expected)
+                await self._prove(checked, held)
             await self._settle(version.name)
         # Whatever vLLM raises, the weights may now be mixed: the answer is always to go back.
         except Exception as error:
             logger.exception("%s could not be loaded", version.name)
             await self._go_back(before)
-            self._failed(desired, error)
+            self._failed(checked.desired, error)
             return
         self._held = held
         self.status = Status(serving=version.name)
@@ -248,16 +360,27 @@ class Swapper:
             return
         self.status = before
 
-    async def _prove(self, version: Version, held: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    async def _prove(self, checked: _Checked, held: Mapping[str, str]) -> None:
         """Require the tensors of the files, and those of earlier loads. Raises UnprovenWeights."""
-        self._require_same(held, {name: expected.get(name) for name in self._comparable})
-        await self._compare_with_past(version, held)
+        self._require_same(held, {name: checked.expected.get(name) for name in self._comparable})
+        await self._compare_with_past(checked.version, held)
 
-    def _require_complete(self, version: Version, expected: Mapping[str, str]) -> None:
-        """Refuse a checkpoint that lacks what the engine holds. Raises ValueError naming a tensor."""
-        missing = self._comparable - expected.keys()
-        if missing:
-            raise ValueError(f"{version.name} lacks {min(missing).removesuffix('#columns')}")
+    async def _probe(self, version: Version) -> None:
+        """Require the answer to a fixed prompt that the version gave before on the same topology, about.
+
+        Raises UnprovenWeights.
+        """
+        key = f"{_PROBE}{self._engine.topology}"
+        found = await self._engine.probe()
+        if not all(math.isfinite(token.logprob) for token in found):
+            raise UnprovenWeights(f"{version.name} answers with probabilities that are no numbers")
+        known = version.manifest.metrics.get(key)
+        if known is None:
+            await _thread(
+                self._registry.annotate, version.name, metrics={key: [asdict(one) for one in found]}
+            )
+        elif not answers_alike([ProbeToken(**one) for one in known], found):
+            raise UnprovenWeights(f"{version.name} answers in another way than when it was loaded before")
 
     async def _settle(self, name: str) -> None:
         await self._engine.reset_caches()
@@ -268,7 +391,7 @@ class Swapper:
 
     async def _compare_with_past(self, version: Version, held: Mapping[str, str]) -> None:
         """Require the same tensors of a version each time that it is loaded, on the same topology."""
-        key = f"engine_sha256_{self._engine.topology}"
+        key = f"{_PROOF}{self._engine.topology}"
         found = proof.digest(held)
         known = version.manifest.metrics.get(key)
         if known is None:
@@ -289,8 +412,27 @@ class Swapper:
         self.status = replace(self.status, failure=Failure(desired.sequence, time.monotonic(), detail))
 
     async def _report(self, desired: Desired | None, state: str, detail: str) -> None:
-        """Tell the registry what changed; without a change, only that this replica is alive."""
-        replica = replace(
+        """Tell the registry what has changed."""
+        replica = self._replica(desired, state, detail)
+        if self._reported is None or self._reported[0] != replica:
+            await self._send(replica)
+
+    async def _beat(self) -> None:
+        """Say again what was said last, if that is some time ago: this replica is alive."""
+        if self._reported is not None and time.monotonic() > self._reported[1] + HEARTBEAT_SECONDS / 2:
+            await self._send()
+
+    async def _send(self, replica: Replica | None = None) -> None:
+        """Write a report down, without one the last. One after the other, so that the newest stands."""
+        async with self._reporting:
+            if replica is None and self._reported is not None:
+                replica = self._reported[0]
+            if replica is not None:
+                await _thread(self._registry.report, replica)
+                self._reported = (replica, time.monotonic())
+
+    def _replica(self, desired: Desired | None, state: str, detail: str) -> Replica:
+        return replace(
             self._identity,
             desired=desired.name if desired else None,
             actual=self.status.serving if self.status.proven else None,
@@ -298,13 +440,15 @@ class Swapper:
             detail=detail,
             last_swap_seconds=self.status.last_swap_seconds,
         )
-        now = time.monotonic()
-        if self._reported is not None:
-            known, at = self._reported
-            if known == replica and now < at + HEARTBEAT_SECONDS:
-                return
-        await _thread(self._registry.report, replica)
-        self._reported = (replica, now)
+
+
+async def _repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
+    while True:
+        try:
+            await action()
+        except SQLAlchemyError as error:
+            logger.error("the registry can't be read: %s", error)
+        await asyncio.sleep(seconds)
 
 
 async def _thread(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

@@ -22,11 +22,13 @@ from feedback.queue import Entry, FeedbackQueue, StreamReader
 from feedback.records import Choice, Completion
 from feedback.settings import QueueSettings, RaterSettings
 from feedback.store import ResponseScore, Store
+from instructloop.canary import Canary
 from instructloop.database import connect, migrate
 from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry, Replica
 from registry.rounds import Rounds
+from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
@@ -39,6 +41,7 @@ from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
+from server.routes_trial import TrialRoutes
 from server.settings import ServerSettings
 
 QUEUE = QueueSettings(timeout_seconds=1.0)
@@ -124,6 +127,11 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                     forgettings=store.forgettings, registry=registry, rounds=rounds, audit=audit
                 ).router(),
                 RaterRoutes(store=store, settings=RaterSettings(), audit=audit).router(),
+                TrialRoutes(
+                    registry=registry,
+                    audit=audit,
+                    report=Canary(database, registry, RolloutSettings()).report,
+                ).router(),
                 LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
                 DeadLetterRoutes(dead_letters, audit).router(),
             ]

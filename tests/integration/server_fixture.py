@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -89,17 +89,24 @@ class Installation:
         code = "from instructloop.cli import main; main()"
         self._spawn(name, [sys.executable, "-c", code, name])
 
-    def wait_until_ready(self) -> None:
+    def start_replica(self, name: str, port: int, *arguments: str) -> None:
+        """Start one more replica, under `name` in `processes`."""
+        code = "from instructloop.cli import main; main()"
+        command = [sys.executable, "-c", code, "serve", *arguments]
+        self._spawn(name, command, {"INSTRUCTLOOP_SERVER__PORT": str(port)})
+
+    def wait_until_ready(self, name: str = "serve", port: int | None = None) -> None:
         deadline = time.monotonic() + START_SECONDS
-        process = self.processes["serve"]
+        process = self.processes[name]
+        url = f"http://127.0.0.1:{port or self.port}"
         while True:
             try:
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server does not start:\n{self.log('serve')[-8000:]}")
+                pytest.fail(f"the server does not start:\n{self.log(name)[-8000:]}")
             time.sleep(0.3)
 
     def log(self, name: str) -> str:
@@ -111,9 +118,9 @@ class Installation:
         return process.wait(timeout=40)
 
     def stop_all(self) -> None:
-        for name in ("serve", "ingest", "redis"):
-            if name in self.processes:
-                self.stop(name)
+        last = [name for name in ("ingest", "redis") if name in self.processes]
+        for name in [*(name for name in self.processes if name not in last), *last]:
+            self.stop(name)
 
     def http(self, key: str | None = None, **headers: str) -> httpx.Client:
         """An HTTP client for this server, with a key if one is given."""
@@ -127,10 +134,11 @@ class Installation:
         copy_checkpoint(checkpoint, staging)
         return self.registry.publish(staging, parent=None, round_id=None, kind="test", details={}).name
 
-    def _spawn(self, name: str, command: list[str]) -> None:
+    def _spawn(self, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> None:
+        environment = {**self.environment, **(variables or {})}
         with (self.data_dir / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, env=self.environment, cwd=REPOSITORY
+                command, stdout=log, stderr=log, env=environment, cwd=REPOSITORY
             )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint's fingerprint equals that of an engine that holds it, packed or not, and no other's."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from registry.proof import WeightProof, checkpoint_fingerprint, digest
+from registry.proof import WeightProof, checkpoint_fingerprint, difference, digest
 
 N, K = 12, 40
 
@@ -136,3 +137,38 @@ def test_what_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
 def test_the_digest_is_of_names_and_values_in_any_order() -> None:
     assert digest({"a": "1", "b": "2"}) == digest({"b": "2", "a": "1"})
     assert digest({"a": "1", "b": "2"}) != digest({"a": "2", "b": "1"})
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+    "eos_token_id": 2,
+}
+
+
+def checkpoint(directory: Path, config: dict[str, object], **changed: torch.Tensor) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors(0) | changed, directory / "model.safetensors")
+    return directory
+
+
+def test_another_model_is_told_by_its_configuration_and_its_shapes(tmp_path: Path) -> None:
+    held = checkpoint(tmp_path / "held", CONFIG)
+    same = checkpoint(tmp_path / "same", CONFIG | {"eos_token_id": 7, "head_dim": 10}, extra=torch.ones(2))
+    assert difference(held, same) is None
+    # The same shapes, and yet other attention.
+    heads = checkpoint(tmp_path / "heads", CONFIG | {"num_attention_heads": 8})
+    assert difference(held, heads) == "num_attention_heads is 8, not 4"
+    wide = checkpoint(tmp_path / "wide", CONFIG, **{"norm.weight": torch.ones(K + 1)})
+    assert difference(held, wide) == f"norm.weight has the shape {[K + 1]}, not {[K]}"
+
+
+def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
+    held, torn = (checkpoint(tmp_path / name, CONFIG) for name in ("held", "torn"))
+    with (torn / "model.safetensors").open("r+b") as file:
+        file.truncate(200)
+    for read in (lambda: difference(held, torn), lambda: checkpoint_fingerprint(torn, "bfloat16")):
+        with pytest.raises(ValueError, match=r"model\.safetensors can't be read"):
+            read()

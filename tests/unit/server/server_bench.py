@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter
-from limits.aio.storage import MemoryStorage
+from limits.aio.storage import MemoryStorage, Storage
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from feedback.dead_letters import DeadLetters
 from feedback.events import Event
@@ -19,10 +20,12 @@ from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
+from instructloop.canary import Canary
 from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
+from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.app import assemble
 from server.identity import Identity, TokenClaims
@@ -35,6 +38,8 @@ from server.routes_lineage import LineageRoutes
 from server.routes_operator import OperatorRoutes
 from server.routes_raters import RaterRoutes
 from server.routes_state import StateRoutes
+from server.routes_trial import TrialRoutes
+from server.routing import Router
 from server.settings import ServerSettings
 
 
@@ -118,11 +123,14 @@ class Bench:
     settings: ServerSettings = field(
         default_factory=lambda: ServerSettings(max_body_bytes=4096, batch_lines=5)
     )
+    routing: Router | None = None
+    engine: ASGIApp | None = None
+    counters: Storage = field(default_factory=MemoryStorage)
 
     def __post_init__(self) -> None:
         self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
         # In memory: Redis' counters are tested with a real one.
-        limits = Limits(MemoryStorage(), self.settings, self.metrics)
+        limits = Limits(self.counters, self.settings, self.metrics)
         audit = AuditLog(self.database)
         routers: list[APIRouter] = [
             StateRoutes(
@@ -156,17 +164,23 @@ class Bench:
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
                 poll_seconds=0.02,
             ).router(),
+            TrialRoutes(
+                registry=self.registry,
+                audit=audit,
+                report=Canary(self.database, self.registry, RolloutSettings()).report,
+            ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
         ]
         self.app = assemble(
-            engine_app(),
+            self.engine or engine_app(),
             routers,
             settings=self.settings,
             identity=self.identity,
             authenticator=Authenticator(Keys(self.database), self.identity),
             limits=limits,
             obstacle=lambda: self.obstacle,
+            routing=self.routing,
         )
 
     def http(self, who: str | None = None, **headers: str) -> httpx.AsyncClient:

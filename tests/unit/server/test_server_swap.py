@@ -1,5 +1,6 @@
 """When a replica swaps, what it proves, and what it does when something fails; on a real registry."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from registry import proof
-from registry.registry import Desired, Registry, Replica
+from registry.registry import Desired, Registry, Replica, Track
 from server.metrics import ServerMetrics
-from server.swap import Failure, Status, Swapper, UnprovenWeights, target
+from server.swap import Failure, ProbeToken, Status, Swapper, UnprovenWeights, answers_alike, target
 
 SERVING = Status(serving="policy-0000")
 
@@ -49,11 +50,15 @@ class FakeEngine:
     labelled: str = ""
     packed: bool = True
     staged: dict[str, str] | None = None
-    architecture: str | None = None
+    answers: Callable[[dict[str, str]], list[ProbeToken]] | None = None
 
-    async def check(self, model_dir: Path) -> None:
-        if self.architecture is not None:
-            raise ValueError(self.architecture)
+    async def probe(self) -> list[ProbeToken]:
+        assert not self.paused
+        return (
+            self.answers(self.weights)
+            if self.answers
+            else [ProbeToken(hash(self.weights["a"]), -1.0, 2.0)] * 2
+        )
 
     async def stage(self, model_dir: Path) -> dict[str, str] | None:
         assert not self.paused
@@ -107,6 +112,11 @@ def read(directory: Path, dtype: str) -> dict[str, str]:
     return found
 
 
+def other_model(held: Path, other: Path) -> str | None:
+    names = read(held, "bfloat16").keys(), read(other, "bfloat16").keys()
+    return f"it has {sorted(names[1] - names[0])[0]}" if names[1] - names[0] else None
+
+
 @dataclass
 class Rig:
     engine: FakeEngine
@@ -115,11 +125,36 @@ class Rig:
     metrics: ServerMetrics
 
     def replica(self) -> Replica:
-        (found,) = self.registry.replicas()
+        return self.of("replica")
+
+    def of(self, id: str) -> Replica:
+        (found,) = [replica for replica in self.registry.replicas() if replica.id == id]
         return found
+
+    async def another(self, id: str, track: Track = "stable") -> "Rig":
+        """One more replica of the same registry."""
+        engine = FakeEngine({"a": "a0", "b": "b0"})
+        swapper = make(engine, self.registry, self.metrics, Replica(id, None, None, "starting", track=track))
+        await swapper.begin(self.registry.version("policy-0000"))
+        engine.calls.clear()
+        return Rig(engine, self.registry, swapper, self.metrics)
 
     def promote(self, name: str) -> None:
         self.registry.promote(name, actor="test", reason="")
+
+
+def make(engine: FakeEngine, registry: Registry, metrics: ServerMetrics, identity: Replica) -> Swapper:
+    return Swapper(
+        engine,
+        registry,
+        metrics,
+        identity,
+        watch_seconds=0.01,
+        retry_seconds=3600,
+        max_unavailable=1,
+        fingerprint_checkpoint=read,
+        difference=other_model,
+    )
 
 
 async def start(
@@ -129,16 +164,7 @@ async def start(
     publish('{"a": "a1", "b": "b1"}')
     registry.promote("policy-0000", actor="test", reason="")
     engine = FakeEngine({"a": "a0", "b": "b0"}, packed=packed)
-    identity = Replica("replica", None, None, "starting")
-    swapper = Swapper(
-        engine,
-        registry,
-        metrics,
-        identity,
-        watch_seconds=0.01,
-        retry_seconds=3600,
-        fingerprint_checkpoint=read,
-    )
+    swapper = make(engine, registry, metrics, Replica("replica", None, None, "starting"))
     await swapper.begin(registry.version("policy-0000"))
     engine.calls.clear()
     return Rig(engine, registry, swapper, metrics)
@@ -213,21 +239,45 @@ async def test_an_exchange_that_fails_half_way_ends_on_the_last_good_version(sta
     assert staging.swapper.obstacle() is None
 
 
-async def test_another_architecture_is_refused_before_the_engine_is_touched(rig: Rig) -> None:
-    rig.engine.architecture = "another architecture: rope_theta is 10, in the model in service 20"
+async def test_a_version_that_answers_in_another_way_than_before_is_taken_back(staging: Rig) -> None:
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    staging.registry.rollback(actor="test", reason="")
+    await staging.swapper.step()
+    assert staging.replica().actual == "policy-0000"
+    staging.engine.calls.clear()
+    staging.engine.answers = lambda weights: [ProbeToken(7, -0.1, 5.0)] * 2
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    assert staging.engine.calls[-5:] == ["pause", "load policy-0000", "reset", "label policy-0000", "resume"]
+    assert staging.engine.weights == {"a": "a0", "b": "b0"}
+    assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+    assert "answers in another way" in staging.replica().detail
+    assert staging.swapper.obstacle() is None
+
+
+async def test_a_version_whose_answers_are_no_numbers_is_taken_back(rig: Rig) -> None:
+    rig.engine.answers = lambda weights: [ProbeToken(0, float("nan"), float("nan"))]
     rig.promote("policy-0001")
     await rig.swapper.step()
-    assert rig.engine.calls == []
-    assert "rope_theta" in rig.replica().detail
+    assert (rig.replica().state, rig.replica().actual) == ("failed", "policy-0000")
+    assert "no numbers" in rig.replica().detail
 
 
-async def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_the_engine_is_touched(
-    rig: Rig, publish: Callable[[str], str]
-) -> None:
-    rig.promote(publish('{"a": "a2"}'))
-    await rig.swapper.step()
-    assert rig.engine.calls == []
-    assert "policy-0002 lacks b" in rig.replica().detail
+@pytest.mark.parametrize(
+    ("found", "alike"),
+    [
+        ([(5, -0.1, 3.0), (6, -1.0, 0.2)], True),
+        ([(5, -0.15, 2.9), (6, -1.1, 0.1)], True),  # rounded otherwise
+        ([(5, -0.1, 3.0), (9, -1.1, 0.1)], True),  # a near tie fell otherwise
+        ([(9, -0.1, 3.0), (6, -1.0, 0.2)], False),
+        ([(5, -0.1, 3.0), (9, -0.2, 2.0)], False),
+        ([(5, -0.9, 3.0), (6, -1.0, 0.2)], False),
+    ],
+)
+def test_which_answers_are_alike(found: list[tuple[int, float, float]], alike: bool) -> None:
+    known = [ProbeToken(5, -0.1, 3.0), ProbeToken(6, -1.0, 0.2)]
+    assert answers_alike(known, [ProbeToken(*one) for one in found]) is alike
 
 
 async def test_nothing_wanted_nothing_done(rig: Rig) -> None:
@@ -338,3 +388,105 @@ async def test_a_start_on_other_weights_than_before_is_refused(rig: Rig) -> None
     rig.engine.weights = {"a": "a0", "b": "flipped"}
     with pytest.raises(UnprovenWeights):
         await rig.swapper.begin(rig.registry.version("policy-0000"))
+
+
+async def test_another_architecture_or_a_missing_tensor_never_reaches_the_engine(
+    rig: Rig, publish: Callable[[str], str]
+) -> None:
+    for weights, why in (
+        ('{"a": "a2", "b": "b2", "c": "c2"}', "not the model that this engine was built for: it has c"),
+        ('{"a": "a2"}', "lacks b"),
+    ):
+        rig.promote(publish(weights))
+        await rig.swapper.step()
+        assert rig.engine.calls == []
+        assert (rig.replica().state, rig.replica().actual) == ("failed", "policy-0000")
+        assert why in rig.replica().detail
+
+
+async def test_a_replica_waits_its_turn_and_takes_it_without_checking_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = await rig.another("second")
+    rig.promote("policy-0001")
+    pausing, going_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        second.engine.paused = True
+        pausing.set()
+        await going_on.wait()
+
+    monkeypatch.setattr(second.engine, "pause", pause)
+    swapping = asyncio.create_task(second.swapper.step())
+    await pausing.wait()
+    assert (rig.of("second").state, rig.of("second").detail) == ("swapping", "loading policy-0001")
+    for _ in range(3):
+        await rig.swapper.step()
+    assert rig.engine.calls == []
+    waiting = rig.replica()
+    assert (waiting.state, waiting.actual) == ("serving", "policy-0000")
+    assert waiting.detail == "waiting for its turn to load policy-0001"
+    going_on.set()
+    await swapping
+    # Whole when it was looked at: what is loaded is compared with that in any case.
+    monkeypatch.setattr(rig.registry, "verify", lambda name: pytest.fail("it was checked already"))
+    await rig.swapper.step()
+    assert [rig.of(id).actual for id in ("replica", "second")] == ["policy-0001"] * 2
+    assert rig.replica().detail == ""
+
+
+async def test_a_replica_that_serves_nobody_does_not_wait_for_a_turn(rig: Rig) -> None:
+    rig.promote("policy-0001")
+    rig.engine.tampers = [lambda before: {"a": "a1"}, lambda before: {"a": "a1"}]
+    await rig.swapper.step()
+    assert rig.swapper.obstacle() is not None
+    assert rig.registry.begin_swap(Replica("second", None, None, "swapping"), 1, 30)
+    rig.registry.rollback(actor="test", reason="")
+    await rig.swapper.step()
+    assert rig.swapper.obstacle() is None
+    assert rig.replica().actual == "policy-0000"
+
+
+async def test_the_track_of_a_trial_follows_it_and_goes_back(rig: Rig) -> None:
+    trial = await rig.another("trial", "trial")
+    rig.registry.canary("policy-0001", 0.1, actor="test", reason="")
+    for one in (rig, trial):
+        await one.swapper.step()
+    assert [rig.of(id).actual for id in ("replica", "trial")] == ["policy-0000", "policy-0001"]
+    rig.registry.withdraw(actor="test", reason="")
+    await trial.swapper.step()
+    assert (rig.of("trial").actual, rig.of("trial").track) == ("policy-0000", "trial")
+
+
+async def test_a_version_on_trial_that_can_not_be_loaded_is_told_and_the_stable_one_stays(
+    rig: Rig, publish: Callable[[str], str]
+) -> None:
+    trial = await rig.another("trial", "trial")
+    name = publish('{"a": "nan", "b": "b2"}')
+    rig.registry.canary(name, 0.1, actor="test", reason="")
+    await trial.swapper.step()
+    found = rig.of("trial")
+    assert (found.state, found.actual, found.desired) == ("failed", "policy-0000", name)
+    assert "NaN" in found.detail
+    assert trial.swapper.obstacle() is None
+
+
+async def test_a_replica_is_heard_of_while_it_loads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.swap.HEARTBEAT_SECONDS", 0.02)
+    rig.promote("policy-0001")
+    seen: list[float] = []
+
+    async def load_slowly(model_dir: Path) -> None:
+        rig.engine.weights = read(model_dir, "bfloat16")
+        while len(set(seen)) < 3:
+            await asyncio.sleep(0.01)
+            assert rig.replica().state == "swapping"
+            seen.append(rig.replica().seen_at)
+
+    monkeypatch.setattr(rig.engine, "load", load_slowly)
+    running = asyncio.create_task(rig.swapper.run())
+    async with asyncio.timeout(20):
+        while not rig.registry.replicas() or rig.replica().state != "serving":
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert rig.replica().actual == "policy-0001"
