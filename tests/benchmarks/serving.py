@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 
-from tests.benchmarks.serving_load import Load, Run, Server, bare_server, our_server, table
+from tests.benchmarks.serving_load import Load, Server, bare_server, our_server, run, table
 
 LEAST_THROUGHPUT = 0.97
 MOST_TTFT_SECONDS = 0.003
@@ -57,9 +57,9 @@ def main() -> None:
 def measured(server: Server, requests: int, first_tokens: int, *, seed: int) -> list[float]:
     """Tokens a second, CPU ms a token, and the median TTFT in ms, alone and among 16."""
     before = server.cpu_seconds()
-    loaded = whole(Run(server, requests=requests, concurrency=16, prompt=64, answer=64, seed=seed).result())
+    loaded = whole(run(server, requests=requests, concurrency=16, prompt=64, answer=64, seed=seed))
     cpu = (server.cpu_seconds() - before) / loaded.tokens
-    alone = whole(Run(server, requests=first_tokens, concurrency=1, prompt=64, answer=2, seed=seed).result())
+    alone = whole(run(server, requests=first_tokens, concurrency=1, prompt=64, answer=2, seed=seed))
     ttfts = [1000 * statistics.median(load.ttfts) for load in (alone, loaded)]
     return [loaded.tokens_per_second, 1000 * cpu, *ttfts]
 

@@ -3,7 +3,8 @@
 Owns the processes of a run and the reading of its results. What is compared is in `swaps` and `serving`.
 """
 
-import json
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -67,15 +68,12 @@ def bare_server() -> Iterator[Server]:
     """`vllm serve` of the same model with the arguments that our engine is started with on a CPU."""
     directory = Path(tempfile.mkdtemp(prefix="il-b-"))
     port = free_port()
-    words = ["serve", str(test_model()), "--served-model-name", "policy"]
-    words += ["--host", "127.0.0.1", "--port", str(port), *engine_words(), "--uvicorn-log-level", "warning"]
+    words = ["--model", str(test_model()), "--served-model-name", "policy", "--host", "127.0.0.1"]
+    words += ["--port", str(port), *engine_words(), "--uvicorn-log-level", "warning"]
+    # What `vllm serve` runs; the command itself asks for a package that has another name on a CPU.
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *words]
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *words],
-            env=environment(),
-            stdout=log,
-            stderr=log,
-        )
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
     try:
         server = Server("bare", f"http://127.0.0.1:{port}", "none", process.pid)
         deadline = time.monotonic() + START_SECONDS
@@ -139,15 +137,15 @@ class Load:
         return [pair for times in self.arrivals for pair in pairwise(times)]
 
 
-class Run:
-    """`vllm bench serve`, started; `result` waits for its end."""
+def run(server: Server, *, requests: int, concurrency: int, prompt: int, answer: int, seed: int) -> Load:
+    """Let `vllm bench serve` load a server: `requests` random prompts, all answers of `answer` tokens."""
+    # Only here: it takes ten seconds and is needed once.
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.benchmarks.serve import main as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    def __init__(
-        self, server: Server, *, requests: int, concurrency: int, prompt: int, answer: int, seed: int
-    ) -> None:
-        self._answer = answer
-        self._requests = requests
-        self._directory = Path(tempfile.mkdtemp(prefix="il-b-"))
+    os.environ["OPENAI_API_KEY"] = server.key
+    with tempfile.TemporaryDirectory(prefix="il-b-") as directory:
         options = {
             "backend": "openai",
             "base-url": server.url,
@@ -161,34 +159,15 @@ class Run:
             "max-concurrency": concurrency,
             "temperature": 1,
             "seed": seed,
-            "result-dir": self._directory,
-            "result-filename": "result.json",
+            "result-dir": directory,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         words += ["--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
-        with (self._directory / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words],
-                # In the environment, where no list of processes shows the key.
-                env=environment() | {"OPENAI_API_KEY": server.key},
-                stdout=log,
-                stderr=log,
-            )
-
-    @property
-    def begun(self) -> bool:
-        """Whether the load itself has begun, after the program's start and one trial request."""
-        return "Starting main benchmark run" in (self._directory / "log").read_text(errors="replace")
-
-    def result(self) -> Load:
-        """Wait for the end. Raises RuntimeError if the program fails."""
-        code = self.process.wait()
-        found = self._directory / "result.json"
-        if code != 0 or not found.exists():
-            raise RuntimeError((self._directory / "log").read_text(errors="replace")[-4000:])
-        load = _load(json.loads(found.read_text()), self._requests, self._answer)
-        shutil.rmtree(self._directory)
-        return load
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = bench(parser.parse_args(words))
+    return _load(found, requests, answer)
 
 
 def _load(found: dict[str, Any], requests: int, answer: int) -> Load:

@@ -15,26 +15,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.benchmarks.serving_load import (
     KV_CACHE_GIB,
     MAX_MODEL_LEN,
     ROOT,
     Load,
-    Run,
     environment,
     our_server,
+    run,
     table,
 )
 from tests.integration.server_fixture import Installation, perturbed, test_model
 
 MOST_PAUSE = 1.3
 ANSWER = 64
+LONGEST_SWAP_SECONDS = 5.0
+LONGEST_START_SECONDS = 120.0
 
 
 def main() -> None:
@@ -52,15 +57,16 @@ def main() -> None:
         other = perturbed(test_model(), Path(directory) / "other", scale=0.02, seed=1)
         versions = [place.publish(other), "policy-0000"]
         bare = bare_reloads(other)
-        pace = Run(server, requests=4 * options.concurrency, concurrency=options.concurrency, prompt=64,
-                   answer=ANSWER, seed=0).result()  # fmt: skip
-        seconds = options.swaps * (options.between + 6) + 15
+        shape = {"concurrency": options.concurrency, "prompt": 64, "answer": ANSWER}
+        pace = run(server, requests=4 * options.concurrency, seed=0, **shape)
+        seconds = options.swaps * (options.between + LONGEST_SWAP_SECONDS) + 10
         requests = int(pace.tokens_per_second * seconds / ANSWER)
-        run = Run(
-            server, requests=requests, concurrency=options.concurrency, prompt=64, answer=ANSWER, seed=1
-        )
-        swaps = swap_under(run, place, versions, options.swaps, options.between)
-        load = run.result()
+        with ThreadPoolExecutor(1) as operator:
+            promoting = operator.submit(
+                swap_under, place, versions, options.swaps, options.between, options.concurrency
+            )
+            load = run(server, requests=requests, seed=1, **shape)
+            swaps = promoting.result()
         bare += bare_reloads(other)
     sys.exit(report(load, swaps, bare))
 
@@ -74,14 +80,17 @@ class Swap:
     stood_still: float
 
 
-def swap_under(run: Run, place: Installation, versions: list[str], count: int, between: float) -> list[Swap]:
+def swap_under(
+    place: Installation, versions: list[str], count: int, between: float, concurrency: int
+) -> list[Swap]:
     """Promote the versions in turn while the load runs. Raises RuntimeError if it ends before."""
-    while not run.begun:
-        if run.process.poll() is not None:
-            run.result()
-        time.sleep(0.2)
     found = []
     with place.http(place.operator_key) as http:
+        deadline = time.monotonic() + LONGEST_START_SECONDS
+        while running(http) < concurrency:
+            if time.monotonic() > deadline:
+                raise RuntimeError("the load does not begin")
+            time.sleep(0.2)
         for number in range(count):
             time.sleep(between)
             name, begin = versions[number % len(versions)], time.perf_counter()
@@ -90,9 +99,20 @@ def swap_under(run: Run, place: Installation, versions: list[str], count: int, b
             if replica["actual"] != name:
                 raise RuntimeError(f"{name} is not served: {replica}")
             found.append(Swap(begin, time.perf_counter(), replica["last_swap_seconds"]))
-    if run.process.poll() is not None:
-        raise RuntimeError("the load ended before the last swap")
+        if running(http) < concurrency:
+            raise RuntimeError("the load ended before the last swap")
     return found
+
+
+def running(http: httpx.Client) -> float:
+    """How many requests the engine works on."""
+    metrics = http.get("/metrics").raise_for_status().text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name in ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    )
 
 
 def report(load: Load, swaps: list[Swap], bare: list[float]) -> int:
