@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison bench-canary bench-tax bench-judges format defaults lock clean
+.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison bench-canary bench-tax bench-judges bench-swap bench-serving format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -85,6 +85,16 @@ JUDGE ?=
 bench-judges: .venv/.installed
 	@echo '==> how often judges agree with people (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.judges $(JUDGE)
+
+# Some minutes on two cores, on which nothing else runs.
+bench-swap: .venv/.installed
+	@echo '==> ten swaps under load, beside a bare reload of weights'
+	@$(RUN) tests.benchmarks.swaps
+
+# Under ten minutes on two cores, on which nothing else runs.
+bench-serving: .venv/.installed
+	@echo '==> serving with everything on, beside a bare `vllm serve`'
+	@$(RUN) tests.benchmarks.serving
 
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed

@@ -35,6 +35,8 @@ _ARCHITECTURE = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
     "vocab_size",
     "tie_word_embeddings",
 )
@@ -65,16 +67,33 @@ class WeightProof:
         import torch
 
         found: dict[str, str] = {}
+        known: dict[int, str] = {}  # tied layers share a parameter
         with torch.inference_mode():
-            for name, module in self.model_runner.get_model().named_modules():
-                for own, parameter in module.named_parameters(recurse=False):
-                    full = f"{name}.{own}" if name else own
-                    if parameter.numel():
-                        found[full] = _digest(full, parameter)
-                    width = _width(module)
-                    if own == "weight" and width is not None and hasattr(module, "cpu_linear"):
-                        found[f"{full}#columns"] = _digest(full, _columns_of_packed(module, width))
+            for name, module, own, parameter in held_tensors(self.model_runner.get_model()):
+                if parameter.numel():
+                    if id(parameter) not in known:
+                        known[id(parameter)] = tensor_digest(name, parameter)
+                    found[name] = known[id(parameter)]
+                if is_packed(module, own):
+                    found[columns_name(name)] = packed_digest(name, module, input_width(module))
         return found
+
+
+def held_tensors(model: Any) -> Iterator[tuple[str, Any, str, Any]]:
+    """Each parameter of a model in vLLM, packed ones too: whole name, module, name there, parameter."""
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{own}" if name else own, module, own, parameter
+
+
+def is_packed(module: Any, own: str) -> bool:
+    """Whether the layer multiplies by a packed copy of its parameter `own`."""
+    return own == "weight" and input_width(module) is not None and hasattr(module, "cpu_linear")
+
+
+def columns_name(name: str) -> str:
+    """Name the columns that a packed tensor is read back by."""
+    return f"{name}#columns"
 
 
 def digest(fingerprint: Mapping[str, str]) -> str:
@@ -93,11 +112,11 @@ def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
 
     target = getattr(torch, dtype)
     found: dict[str, str] = {}
-    for name, tensor in _tensors(directory):
+    for name, tensor in checkpoint_tensors(directory):
         cast = tensor.to(target)
-        found[name] = _digest(name, cast)
+        found[name] = tensor_digest(name, cast)
         if cast.ndim == 2:
-            found[f"{name}#columns"] = _digest(name, _columns(cast))
+            found[columns_name(name)] = tensor_digest(name, _columns(cast))
     return found
 
 
@@ -140,8 +159,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file.name} can't be read: {error}") from error
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Each tensor of the checkpoint and each fused one, with one layer in memory at a time."""
+def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Each tensor of the checkpoint, a tied output layer, each fused layer; one in memory at a time."""
     import torch
 
     where: dict[str, Path] = {}
@@ -176,22 +195,23 @@ def _columns(weight: Any) -> Any:
     return weight[:, _positions(weight.shape[1])].T
 
 
-def _width(module: Any) -> int | None:
+def input_width(module: Any) -> Any:
     """How many inputs (K) a linear or output layer of vLLM takes; None for other modules."""
     return getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", None)
 
 
-def _columns_of_packed(module: Any, width: int) -> Any:
-    """(COLUMNS, N): the same columns of a matrix that only exists packed, by multiplying unit vectors."""
+def packed_digest(name: str, module: Any, width: int) -> str:
+    """Digest (COLUMNS, N) of a matrix that only exists packed, by multiplying unit vectors of `width`."""
     import torch
 
     chosen = _positions(width)
     units = torch.zeros(len(chosen), width, dtype=module.weight.dtype)
     units[range(len(chosen)), chosen] = 1
-    return module.cpu_linear(units, module.weight, None)
+    return tensor_digest(name, module.cpu_linear(units, module.weight, None))
 
 
-def _digest(name: str, tensor: Any) -> str:
+def tensor_digest(name: str, tensor: Any) -> str:
+    """SHA-256 of a tensor's values. Raises ValueError if one is not finite, with `name`."""
     import torch
 
     tensor = tensor.detach().cpu()

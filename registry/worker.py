@@ -1,4 +1,4 @@
-"""What we add to vLLM's worker, in the engine's own processes: proof of weights, and an end.
+"""What we add to vLLM's worker, in the engine's own processes: proof of weights, their exchange, and an end.
 
 vLLM ends its processes when their owner (the server, a trainer) ends in an orderly way. Killed outright, it
 would leave them behind, with all their memory; so each worker watches it and takes its part of the engine
@@ -10,10 +10,12 @@ import select
 import signal
 import threading
 
+from registry.logprobs import SampledLogprobs
 from registry.proof import WeightProof
+from registry.staging import WeightStaging
 
 
-class WorkerExtension(WeightProof):
+class WorkerExtension(WeightProof, WeightStaging, SampledLogprobs):
     """Mixed into vLLM's worker class (`worker_extension_cls`); its methods are called by `collective_rpc`."""
 
     def end_with(self, owner_pid: int) -> None:

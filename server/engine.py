@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -32,10 +33,14 @@ from server.context import GENERATION, Generation
 from server.recorder import Recorder
 from server.recording import SAMPLING_FIELDS, Recording
 from server.settings import ServerSettings
+from server.swap import ProbeToken
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
+_STAGING_POLL_SECONDS = 0.1
+_PROBE_PROMPT = "Once upon a time there was a"
+_PROBE_TOKENS = 8
 
 
 class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-checked
@@ -48,12 +53,14 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
     _recorder: Recorder
     _version: str
     _collectors: dict[str, RequestOutputCollector | None]
+    _hidden: set[str]
 
     def attach(self, recorder: Recorder, version: str) -> None:
         """Set where records go, and the version that outputs without a label come from."""
         self._recorder = recorder
         self._version = version
         self._collectors = {}
+        self._hidden = set()
 
     def attach_version(self, version: str) -> None:
         """Note the version that outputs without a label come from, after a swap."""
@@ -77,6 +84,10 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
         collector = await super().add_request(request_id, *args, **kwargs)
         if request_id in self._collectors:
             self._collectors[request_id] = collector
+        if request_id in self._hidden:
+            # Logprobs that only we read need no text of their tokens, which vLLM would decode one by one.
+            for internal_id in self.output_processor.external_req_ids.get(request_id, ()):
+                self.output_processor.request_states[internal_id].logprobs_processor.tokenizer = None
         return collector
 
     async def _recorded(
@@ -102,6 +113,8 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
             version=self._version,
         )
         self._collectors[request_id] = None
+        if hide and params.prompt_logprobs is None:
+            self._hidden.add(request_id)
         outputs = super().generate(prompt, params, request_id, **kwargs)
         unfinished = "error"
         try:
@@ -122,6 +135,7 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
             raise
         finally:
             del self._collectors[request_id]
+            self._hidden.discard(request_id)
             self._record(recording, unfinished)
 
     def _record(self, recording: Recording, unfinished: str) -> None:
@@ -171,6 +185,7 @@ class Engine:
         try:
             llm.attach(recorder, version)
             await llm.collective_rpc("end_with", args=(os.getpid(),))
+            await llm.collective_rpc("compute_logprobs_cheaply")
             await llm.reset_mm_cache()
             tasks = await llm.get_supported_tasks()
             app = build_app(args, tasks, llm.model_config)
@@ -212,12 +227,55 @@ class Engine:
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_dir)})
         await self._llm.collective_rpc("refresh_packed_weights")
 
+    async def stage(self, model_dir: Path) -> dict[str, str] | None:
+        """Bring weights in beside those in service while requests run; None if this engine can only `load`.
+
+        Returns what `fingerprint` will say once they are exchanged. Raises ValueError for a checkpoint that
+        has not the tensors of the model in service.
+        """
+        if not all(await self._llm.collective_rpc("stage_weights", args=(str(model_dir),))):
+            await self.unstage()
+            return None
+        while True:
+            (found,) = await self._llm.collective_rpc("staged_fingerprint")
+            if isinstance(found, str):
+                raise ValueError(found)
+            if found is not None:
+                return dict(found)
+            await asyncio.sleep(_STAGING_POLL_SECONDS)
+
+    async def exchange(self) -> None:
+        """Put staged weights in place, and those in service where they were: a second call undoes it."""
+        await self._llm.collective_rpc("exchange_weights")
+
+    async def unstage(self) -> None:
+        """Free the weights that are not in service."""
+        await self._llm.collective_rpc("drop_staged_weights")
+
     async def fingerprint(self) -> dict[str, str]:
         """Return what `registry.proof` finds, by `<tensor>`, or by `<rank>/<tensor>` with several ranks."""
         ranks: list[dict[str, str]] = await self._llm.collective_rpc("weight_fingerprint")
         if len(ranks) == 1:
             return ranks[0]
         return {f"{i}/{name}": value for i, found in enumerate(ranks) for name, value in found.items()}
+
+    async def probe(self) -> list[ProbeToken]:
+        """Answer a fixed prompt greedily, beside the requests that run; it is not recorded."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=_PROBE_TOKENS,
+            ignore_eos=True,
+            logprobs=2,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (output,) = [
+            found async for found in self._llm.generate(_PROBE_PROMPT, params, f"probe-{uuid.uuid4().hex}")
+        ]
+        choice, answer = output.outputs[0], []
+        for token, ranked in zip(choice.token_ids, choice.logprobs, strict=True):
+            best, second = sorted((one.logprob for one in ranked.values()), reverse=True)[:2]
+            answer.append(ProbeToken(token, ranked[token].logprob, best - second))
+        return answer
 
     async def reset_caches(self) -> None:
         """Forget keys and values of other weights. Raises RuntimeError if vLLM keeps some."""

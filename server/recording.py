@@ -74,7 +74,7 @@ class Recording:
 
     def add(self, prompt_token_ids: Sequence[int] | None, outputs: Sequence[Output]) -> None:
         """Take what the engine yielded once."""
-        if prompt_token_ids is not None:
+        if prompt_token_ids is not None and not self._prompt_token_ids:
             self._prompt_token_ids = list(prompt_token_ids)
         for output in outputs:
             # In FINAL_ONLY mode an abort leaves holes where choices had not begun.

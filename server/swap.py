@@ -1,16 +1,19 @@
 """Makes a running replica serve the version that the registry wants, and proves what it then serves.
 
-A version is verified on disk and fingerprinted before generation stops; then requests are frozen, the
-weights replaced, read back and compared, caches dropped, and requests go on. Whatever fails, requests go
-on: with the last good version, or, if that can't be loaded either, with nobody let in until one can.
-Of the replicas of a track no more than some swap at once. It does not choose versions: `registry` does.
+A version is verified on disk and fingerprinted before generation stops. Where the engine can hold it beside
+the one in service, it is also loaded, read back and compared before, and the two are only exchanged while
+requests are frozen; elsewhere it is loaded and compared then. Caches are dropped, requests go on, and a
+greedy probe is compared with earlier ones. Whatever fails, requests go on: with the last good version, or, if
+that can't be loaded either, with nobody let in until one can. Of the replicas of a track no more than some
+swap at once. It does not choose versions: `registry` does.
 """
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,7 +32,32 @@ STALE_SECONDS = 30.0
 """A replica that has said nothing for so long is taken for gone."""
 
 _PROOF = "engine_sha256_"
+_PROBE = "engine_probe_"
+_ROUNDING_NATS = 0.5
+"""What other batches of bfloat16 may move a logprob by; other weights move it by more."""
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeToken:
+    """One token of a greedy answer: its logprob and by how much it beat the second best, both in nats."""
+
+    id: int
+    logprob: float
+    margin: float
+
+
+def answers_alike(known: Sequence[ProbeToken], found: Sequence[ProbeToken]) -> bool:
+    """Whether two greedy answers to one prompt can be of one model, whose batches are rounded differently.
+
+    The tokens are the same, with about the same logprobs, up to the first near tie that fell otherwise.
+    """
+    for one, other in zip(known, found, strict=True):
+        if one.id != other.id:
+            return max(one.margin, other.margin) < _ROUNDING_NATS
+        if abs(one.logprob - other.logprob) > _ROUNDING_NATS:
+            return False
+    return True
 
 
 class WeightEngine(Protocol):
@@ -41,8 +69,12 @@ class WeightEngine(Protocol):
 
     async def pause(self) -> None: ...  # noqa: D102
     async def resume(self) -> None: ...  # noqa: D102
+    async def stage(self, model_dir: Path) -> dict[str, str] | None: ...  # noqa: D102
+    async def exchange(self) -> None: ...  # noqa: D102
+    async def unstage(self) -> None: ...  # noqa: D102
     async def load(self, model_dir: Path) -> None: ...  # noqa: D102
     async def fingerprint(self) -> dict[str, str]: ...  # noqa: D102
+    async def probe(self) -> list[ProbeToken]: ...  # noqa: D102
     async def reset_caches(self) -> None: ...  # noqa: D102
     async def label(self, version: str) -> None: ...  # noqa: D102
 
@@ -159,6 +191,7 @@ class Swapper:
             ", ".join(sorted(self._held.keys() - self._comparable)[:5]) or "none",
         )
         await self._compare_with_past(version, self._held)
+        await self._probe(version)
         await self._engine.label(version.name)
         self.status = Status(serving=version.name)
 
@@ -235,31 +268,78 @@ class Swapper:
     async def _swap(self, checked: _Checked) -> None:
         # When it is wanted anew, it is looked at anew.
         self._checked = None
+        before, held = self.status, self._held
+        try:
+            staged = await self._stage(checked)
+        except (ValueError, UnprovenWeights) as error:
+            await self._engine.unstage()
+            self._failed(checked.desired, error)
+            return
         started = time.monotonic()
         await self._engine.pause()
         try:
-            await self._replace(checked.desired, checked.version, checked.expected)
+            await self._replace(checked, staged)
         finally:
             await self._engine.resume()
         seconds = time.monotonic() - started
+        await self._engine.unstage()
         self._metrics.swap_seconds.observe(seconds)
         self.status = replace(self.status, last_swap_seconds=seconds)
+        if self.status.proven and self.status.serving == checked.version.name:
+            await self._keep_if_it_answers_as_before(checked, before, held)
 
-    async def _replace(self, desired: Desired, version: Version, expected: Mapping[str, str]) -> None:
-        """Load `version` into the paused engine, or go back to what it held."""
-        before = self.status
+    async def _stage(self, checked: _Checked) -> dict[str, str] | None:
+        """Prove a version beside the weights in service; None if the engine has to load it in their place.
+
+        An engine that keeps some tensor otherwise than the checkpoint's files (quantised, divided) has to.
+        """
+        if not self.status.proven or self._held.keys() != self._comparable:
+            return None
+        staged = await self._engine.stage(checked.version.path)
+        if staged is not None:
+            await self._prove(checked, staged)
+        return staged
+
+    async def _keep_if_it_answers_as_before(
+        self, checked: _Checked, before: Status, held: dict[str, str]
+    ) -> None:
+        """Go back to `before`, when the engine had `held`, if the probe is answered otherwise than earlier.
+
+        It takes a running engine, so it comes after the proof of the weights, not in its place: it sees what
+        is no weight, such as a wrong setting or keys and values of other weights.
+        """
+        try:
+            await self._probe(checked.version)
+            return
+        except UnprovenWeights as error:
+            self._failed(checked.desired, error)
+        failure = self.status.failure
+        self.status, self._held = replace(self.status, proven=False), held
+        await self._engine.pause()
+        try:
+            await self._go_back(before)
+        finally:
+            await self._engine.resume()
+        self.status = replace(self.status, failure=failure)
+
+    async def _replace(self, checked: _Checked, staged: dict[str, str] | None) -> None:
+        """Put a version into the paused engine, or go back to what it held."""
+        before, version = self.status, checked.version
         self.status = replace(before, proven=False)
         try:
-            await self._engine.load(version.path)
-            held = await self._engine.fingerprint()
-            self._require_same(held, {name: expected.get(name) for name in self._comparable})
-            await self._compare_with_past(version, held)
+            if staged is not None:
+                await self._engine.exchange()
+                held = staged
+            else:
+                await self._engine.load(version.path)
+                held = await self._engine.fingerprint()
+                await self._prove(checked, held)
             await self._settle(version.name)
         # Whatever vLLM raises, the weights may now be mixed: the answer is always to go back.
         except Exception as error:
             logger.exception("%s could not be loaded", version.name)
             await self._go_back(before)
-            self._failed(desired, error)
+            self._failed(checked.desired, error)
             return
         self._held = held
         self.status = Status(serving=version.name)
@@ -279,6 +359,28 @@ class Swapper:
             logger.exception("%s could not be restored", before.serving)
             return
         self.status = before
+
+    async def _prove(self, checked: _Checked, held: Mapping[str, str]) -> None:
+        """Require the tensors of the files, and those of earlier loads. Raises UnprovenWeights."""
+        self._require_same(held, {name: checked.expected.get(name) for name in self._comparable})
+        await self._compare_with_past(checked.version, held)
+
+    async def _probe(self, version: Version) -> None:
+        """Require the answer to a fixed prompt that the version gave before on the same topology, about.
+
+        Raises UnprovenWeights.
+        """
+        key = f"{_PROBE}{self._engine.topology}"
+        found = await self._engine.probe()
+        if not all(math.isfinite(token.logprob) for token in found):
+            raise UnprovenWeights(f"{version.name} answers with probabilities that are no numbers")
+        known = version.manifest.metrics.get(key)
+        if known is None:
+            await _thread(
+                self._registry.annotate, version.name, metrics={key: [asdict(one) for one in found]}
+            )
+        elif not answers_alike([ProbeToken(**one) for one in known], found):
+            raise UnprovenWeights(f"{version.name} answers in another way than when it was loaded before")
 
     async def _settle(self, name: str) -> None:
         await self._engine.reset_caches()

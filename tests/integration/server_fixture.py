@@ -150,6 +150,21 @@ def copy_checkpoint(source: Path, destination: Path) -> None:
             shutil.copyfile(file, destination / file.name)
 
 
+def perturbed(source: Path, destination: Path, *, scale: float, seed: int) -> Path:
+    """A checkpoint whose every matrix is moved a little; other answers, same language."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy_checkpoint(source, destination)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(destination / "model.safetensors")
+    for name, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * scale
+        tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
+    return destination
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -13,9 +13,8 @@ from typing import Any
 import openai
 import psutil
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from server_fixture import Installation, copy_checkpoint, served, wait_for_record
+from server_fixture import Installation, perturbed, served, wait_for_record
 
 __all__ = ["served"]
 
@@ -24,18 +23,6 @@ logger = logging.getLogger(__name__)
 STREAMS = 16
 TOKENS = 400
 PROMPTS = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at"]
-
-
-def perturbed(source: Path, destination: Path, *, scale: float, seed: int) -> Path:
-    """A checkpoint whose every matrix is moved a little; other answers, same language."""
-    copy_checkpoint(source, destination)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(destination / "model.safetensors")
-    for name, tensor in tensors.items():
-        noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * scale
-        tensors[name] = (tensor.float() + noise).to(tensor.dtype)
-    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
-    return destination
 
 
 def greedy(served: Installation) -> list[str]:

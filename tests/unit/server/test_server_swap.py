@@ -11,7 +11,7 @@ import pytest
 from registry import proof
 from registry.registry import Desired, Registry, Replica, Track
 from server.metrics import ServerMetrics
-from server.swap import Failure, Status, Swapper, UnprovenWeights, target
+from server.swap import Failure, ProbeToken, Status, Swapper, UnprovenWeights, answers_alike, target
 
 SERVING = Status(serving="policy-0000")
 
@@ -35,7 +35,10 @@ def test_what_to_load(desired: Desired | None, status: Status, now: float, expec
 
 @dataclass
 class FakeEngine:
-    """Holds a checkpoint's tensors (JSON in its weights file); `tampers` change what a load leaves."""
+    """Holds a checkpoint's tensors (JSON in its weights file); `tampers` change what a load leaves.
+
+    With `packed` it has a tensor that no file proves, so it can't stage.
+    """
 
     weights: dict[str, str]
     dtype: str = "bfloat16"
@@ -45,6 +48,34 @@ class FakeEngine:
     tampers: list[Callable[[dict[str, str]], dict[str, str]]] = field(default_factory=list)
     paused: bool = False
     labelled: str = ""
+    packed: bool = True
+    staged: dict[str, str] | None = None
+    answers: Callable[[dict[str, str]], list[ProbeToken]] | None = None
+
+    async def probe(self) -> list[ProbeToken]:
+        assert not self.paused
+        return (
+            self.answers(self.weights)
+            if self.answers
+            else [ProbeToken(hash(self.weights["a"]), -1.0, 2.0)] * 2
+        )
+
+    async def stage(self, model_dir: Path) -> dict[str, str] | None:
+        assert not self.paused
+        self.calls.append(f"stage {model_dir.name}")
+        self.staged = read(model_dir, "bfloat16")
+        if self.tampers:
+            self.staged = self.tampers.pop(0)(self.weights)
+        return self.staged
+
+    async def exchange(self) -> None:
+        assert self.paused
+        assert self.staged is not None
+        self.calls.append("exchange")
+        self.weights, self.staged = self.staged, self.weights
+
+    async def unstage(self) -> None:
+        self.staged = None
 
     async def pause(self) -> None:
         self.paused = True
@@ -63,7 +94,7 @@ class FakeEngine:
             self.weights = self.tampers.pop(0)(before)
 
     async def fingerprint(self) -> dict[str, str]:
-        return {**self.weights, "packed": "always the same"}
+        return {**self.weights, "packed": "always the same"} if self.packed else self.weights
 
     async def reset_caches(self) -> None:
         assert self.paused
@@ -126,16 +157,127 @@ def make(engine: FakeEngine, registry: Registry, metrics: ServerMetrics, identit
     )
 
 
-@pytest.fixture
-async def rig(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+async def start(
+    registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics, *, packed: bool
+) -> Rig:
     publish('{"a": "a0", "b": "b0"}')
     publish('{"a": "a1", "b": "b1"}')
     registry.promote("policy-0000", actor="test", reason="")
-    engine = FakeEngine({"a": "a0", "b": "b0"})
+    engine = FakeEngine({"a": "a0", "b": "b0"}, packed=packed)
     swapper = make(engine, registry, metrics, Replica("replica", None, None, "starting"))
     await swapper.begin(registry.version("policy-0000"))
     engine.calls.clear()
     return Rig(engine, registry, swapper, metrics)
+
+
+@pytest.fixture
+async def rig(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+    """A replica that can only load a version in place of the one in service."""
+    return await start(registry, publish, metrics, packed=True)
+
+
+@pytest.fixture
+async def staging(registry: Registry, publish: Callable[[str], str], metrics: ServerMetrics) -> Rig:
+    """A replica that can hold a version beside the one in service."""
+    return await start(registry, publish, metrics, packed=False)
+
+
+async def test_where_it_can_a_replica_proves_before_generation_stops(staging: Rig) -> None:
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    assert staging.engine.calls == [
+        "stage policy-0001",
+        "pause",
+        "exchange",
+        "reset",
+        "label policy-0001",
+        "resume",
+    ]
+    assert staging.engine.weights == {"a": "a1", "b": "b1"}
+    assert staging.engine.staged is None
+    assert (staging.replica().state, staging.replica().actual) == ("serving", "policy-0001")
+
+
+async def test_what_is_wrong_with_staged_weights_never_stops_generation(staging: Rig) -> None:
+    def broken(before: dict[str, str]) -> dict[str, str]:
+        raise ValueError("a has the shape (3,), the model in service (4,)")
+
+    for number, (tamper, because) in enumerate(
+        [
+            (broken, "a has the shape"),
+            (lambda before: {"a": "a1", "b": before["b"]}, "b in the engine is not that of the checkpoint"),
+        ]
+    ):
+        staging.promote("policy-0001")
+        staging.engine.tampers = [tamper]
+        await staging.swapper.step()
+        assert staging.engine.calls == ["stage policy-0001"] * (number + 1)
+        assert because in staging.replica().detail
+        assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+        assert staging.engine.staged is None
+        staging.registry.rollback(actor="test", reason="")
+
+
+async def test_an_exchange_that_fails_half_way_ends_on_the_last_good_version(staging: Rig) -> None:
+    async def half_way() -> None:
+        staging.engine.weights = {"a": "a1", "b": "b0"}
+        raise RuntimeError("out of memory")
+
+    staging.promote("policy-0001")
+    staging.engine.exchange = half_way  # type: ignore[method-assign]
+    await staging.swapper.step()
+    assert staging.engine.calls == [
+        "stage policy-0001",
+        "pause",
+        "load policy-0000",
+        "reset",
+        "label policy-0000",
+        "resume",
+    ]
+    assert staging.engine.weights == {"a": "a0", "b": "b0"}
+    assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+    assert staging.swapper.obstacle() is None
+
+
+async def test_a_version_that_answers_in_another_way_than_before_is_taken_back(staging: Rig) -> None:
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    staging.registry.rollback(actor="test", reason="")
+    await staging.swapper.step()
+    assert staging.replica().actual == "policy-0000"
+    staging.engine.calls.clear()
+    staging.engine.answers = lambda weights: [ProbeToken(7, -0.1, 5.0)] * 2
+    staging.promote("policy-0001")
+    await staging.swapper.step()
+    assert staging.engine.calls[-5:] == ["pause", "load policy-0000", "reset", "label policy-0000", "resume"]
+    assert staging.engine.weights == {"a": "a0", "b": "b0"}
+    assert (staging.replica().state, staging.replica().actual) == ("failed", "policy-0000")
+    assert "answers in another way" in staging.replica().detail
+    assert staging.swapper.obstacle() is None
+
+
+async def test_a_version_whose_answers_are_no_numbers_is_taken_back(rig: Rig) -> None:
+    rig.engine.answers = lambda weights: [ProbeToken(0, float("nan"), float("nan"))]
+    rig.promote("policy-0001")
+    await rig.swapper.step()
+    assert (rig.replica().state, rig.replica().actual) == ("failed", "policy-0000")
+    assert "no numbers" in rig.replica().detail
+
+
+@pytest.mark.parametrize(
+    ("found", "alike"),
+    [
+        ([(5, -0.1, 3.0), (6, -1.0, 0.2)], True),
+        ([(5, -0.15, 2.9), (6, -1.1, 0.1)], True),  # rounded otherwise
+        ([(5, -0.1, 3.0), (9, -1.1, 0.1)], True),  # a near tie fell otherwise
+        ([(9, -0.1, 3.0), (6, -1.0, 0.2)], False),
+        ([(5, -0.1, 3.0), (9, -0.2, 2.0)], False),
+        ([(5, -0.9, 3.0), (6, -1.0, 0.2)], False),
+    ],
+)
+def test_which_answers_are_alike(found: list[tuple[int, float, float]], alike: bool) -> None:
+    known = [ProbeToken(5, -0.1, 3.0), ProbeToken(6, -1.0, 0.2)]
+    assert answers_alike(known, [ProbeToken(*one) for one in found]) is alike
 
 
 async def test_nothing_wanted_nothing_done(rig: Rig) -> None:

@@ -1,0 +1,157 @@
+"""Brings a checkpoint's weights into vLLM's worker beside those in service, to be put in place at once.
+
+Reading, packing and proving a checkpoint takes as long as a reload, but a thread can do it while requests
+run. What is left for the pause is to exchange references, forth and, if need be, back. It applies to a model
+on a CPU whose every tensor is named and shaped as in the checkpoint (apart from `registry.proof`'s fused
+layers), which the first fingerprint of a server shows; other engines reload. It imports no vLLM.
+"""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from registry.proof import (
+    checkpoint_tensors,
+    columns_name,
+    held_tensors,
+    input_width,
+    is_packed,
+    packed_digest,
+    tensor_digest,
+)
+
+_UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_IDLE_PRIORITY = 19
+
+
+class WeightStaging:
+    """Mixed into vLLM's worker through `registry.worker`; at most one checkpoint is staged at a time."""
+
+    model_runner: Any
+    _staged: "_Staged | None" = None
+
+    def stage_weights(self, directory: str) -> bool:
+        """Begin to stage a checkpoint and return at once; False where this engine can only reload."""
+        model = self.model_runner.get_model()
+        if not _can_stage(model, Path(directory)):
+            return False
+        self._staged = _Staged(model, Path(directory))
+        self._staged.start()
+        return True
+
+    def staged_fingerprint(self) -> dict[str, str] | str | None:
+        """Return what `weight_fingerprint` will say of the staged weights; None while they are on their way.
+
+        A text says why they can't be staged: a tensor that is missing, of another shape or not finite.
+        """
+        assert self._staged is not None
+        return self._staged.result
+
+    def exchange_weights(self) -> None:
+        """Put the staged weights in place, and those in service where they were: a second call undoes it."""
+        assert self._staged is not None
+        self._staged.exchange()
+
+    def drop_staged_weights(self) -> None:
+        """Free what is not in service."""
+        self._staged = None
+
+
+class _Staged:
+    """A second set of a model's parameters and packed layers, filled by a thread of the lowest priority."""
+
+    def __init__(self, model: Any, directory: Path) -> None:
+        self.result: dict[str, str] | str | None = None
+        self._model = model
+        self._directory = directory
+        # Each parameter and packed layer with what is to stand in its place.
+        self._parameters: list[tuple[Any, Any]] = []
+        self._layers: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="stage-weights", daemon=True).start()
+
+    def exchange(self) -> None:
+        if not isinstance(self.result, dict):
+            raise RuntimeError("nothing is staged")
+        parameters, layers = self._parameters, self._layers
+        self._parameters = [(parameter, parameter.data) for parameter, _ in parameters]
+        self._layers = [(module, module.cpu_linear) for module, _ in layers]
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, linear in layers:
+            module.cpu_linear = linear
+
+    def _run(self) -> None:
+        import torch
+
+        # Only this thread: vLLM has bound the worker to one core, and its steps must go first.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE_PRIORITY)
+        os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
+        try:
+            with torch.no_grad():
+                self.result = self._fill()
+        # Whatever goes wrong, the server is told and the weights in service are untouched.
+        except Exception as error:
+            self.result = str(error) or repr(error)
+
+    def _fill(self) -> dict[str, str]:
+        wanted: dict[str, list[tuple[str, Any, Any]]] = {}
+        for name, module, own, parameter in held_tensors(self._model):
+            wanted.setdefault(name, []).append((own, module, parameter))
+        found: dict[str, str] = {}
+        for name, tensor in checkpoint_tensors(self._directory):
+            for own, module, parameter in wanted.pop(name, []):
+                found |= self._stage(name, tensor, module, own, parameter)
+        if wanted:
+            raise ValueError(f"the checkpoint has no {min(wanted)}")
+        return found
+
+    def _stage(self, name: str, tensor: Any, module: Any, own: str, parameter: Any) -> dict[str, str]:
+        """Make what will stand in for one tensor, plain, packed or both, and fingerprint it."""
+        import torch
+
+        shape = _shape(module, parameter)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the model in service {shape}")
+        # A copy: what safetensors gives may be the file itself, mapped into memory.
+        data = tensor.to(parameter.dtype, copy=True)
+        found: dict[str, str] = {}
+        if parameter.numel():
+            # Tied layers share a parameter, which is staged once.
+            if all(parameter is not staged for staged, _ in self._parameters):
+                self._parameters.append((parameter, data))
+            found[name] = tensor_digest(name, data)
+        if is_packed(module, own):
+            stand_in = torch.nn.Module()
+            stand_in.weight = torch.nn.Parameter(data, requires_grad=False)
+            module.quant_method.process_weights_after_loading(stand_in)
+            self._layers.append((module, stand_in.cpu_linear))
+            found[columns_name(name)] = packed_digest(name, stand_in, input_width(module))
+        return found
+
+
+def _can_stage(model: Any, directory: Path) -> bool:
+    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if psutil.virtual_memory().available < 2 * needed:
+        return False
+    for _, module, own, parameter in held_tensors(model):
+        packed = is_packed(module, own)
+        if parameter.device.type != "cpu" or not (packed or parameter.numel()):
+            return False
+        if packed and type(module.quant_method).__name__ not in _UNQUANTISED:
+            return False
+        if _shape(module, parameter) is None:
+            return False
+    return True
+
+
+def _shape(module: Any, parameter: Any) -> tuple[int, ...] | None:
+    """Return the shape that a checkpoint's tensor has to have; None if the module does not tell."""
+    if parameter.numel():
+        return tuple(parameter.shape)
+    rows = getattr(module, "output_size_per_partition", None)
+    return None if rows is None else (rows, input_width(module))
