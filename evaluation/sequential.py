@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-_HALVINGS = 50
-"""So many narrow an interval within [0, 1] to 1e-15."""
+_HALVINGS = 40
+"""So many narrow an interval within [0, 1] to 1e-12, where the likelihood misses its maximum by nothing."""
 
 
 def log_e_worse(
@@ -94,7 +94,7 @@ def _most_on_edge(counts: list[Array], distance: float) -> Array:
 def _log_mixture(good: Array, bad: Array) -> Array:
     """Return the log of the integral of p^good (1 - p)^bad over the prior Beta(1/2, 1/2)."""
     found: Array = (
-        _log_gamma(good + 0.5) + _log_gamma(bad + 0.5) - _log_gamma(good + bad + 1) - math.log(math.pi)
+        _log_gamma(good, 0.5) + _log_gamma(bad, 0.5) - _log_gamma(good + bad, 1) - math.log(math.pi)
     )
     return found
 
@@ -106,8 +106,13 @@ def _log_likelihood(good: Array, bad: Array, p: Array) -> Array:
     return found
 
 
-def _log_gamma(x: Array) -> Array:
-    return np.asarray(_LGAMMA(x), dtype=np.float64)
+def _log_gamma(counts: Array, plus: float) -> Array:
+    """Return log Gamma(count + plus); of many counts by a table, since many are equal."""
+    top = int(counts.max(initial=0)) + 1
+    if counts.size <= top:
+        return np.asarray(_LGAMMA(counts + plus), dtype=np.float64)
+    table = np.asarray(_LGAMMA(np.arange(top) + plus), dtype=np.float64)
+    return table[counts.astype(np.intp)]
 
 
 _LGAMMA: Any = np.frompyfunc(math.lgamma, 1, 1)
@@ -115,8 +120,8 @@ _LGAMMA: Any = np.frompyfunc(math.lgamma, 1, 1)
 
 def _counts(*counts: ArrayLike) -> list[Array]:
     arrays = np.broadcast_arrays(*(np.asarray(count, dtype=np.float64) for count in counts))
-    if any((array < 0).any() for array in arrays):
-        raise ValueError("a count of votes is not negative")
+    if any((array < 0).any() or (array != np.floor(array)).any() for array in arrays):
+        raise ValueError("a count of votes is a whole number and not negative")
     return [np.atleast_1d(array) for array in arrays]
 
 

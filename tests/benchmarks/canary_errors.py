@@ -34,7 +34,7 @@ Alarm = Callable[..., NDArray[np.bool_]]
 
 SETTINGS = RolloutSettings()
 RUNS = 10_000
-POWER_RUNS = 300
+POWER_RUNS = 200
 SHARES = (0.1, 0.5)
 
 

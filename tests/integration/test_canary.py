@@ -193,23 +193,27 @@ def test_which_votes_count(site: Site) -> None:
         for i, name in enumerate((STABLE, NEW))
     ]
     site.records.append(completion("two", user="dan", created_at=site.trial().since + 1, choices=two))
-    rated = {"type": "rating", "completion_id": "two", "choice": 0, "score": 2}
-    site.records.append(event("rated", rated, rater="k1/user:dan"))
-    assert site.counts() == (1, 1, 0, 1)
+    rated = {"type": "rating", "completion_id": "two", "choice": 1, "score": 2}
+    site.records += [
+        event("rated", rated, rater="k1/user:dan"),
+        completion("other two", user="gil", created_at=site.trial().since + 1, choices=two),
+        thumb("thumbed", "other two", choice=0, rater="k1/user:gil"),
+    ]
+    assert site.counts() == (1, 2, 1, 0)
     # A vote that waits for its completion counts when that has come.
     late = site.answered("eve", NEW)
     record = site.records.pop()
     site.says("k1/user:eve", late, "up")
-    assert site.counts() == (1, 1, 0, 1)
+    assert site.counts() == (1, 2, 1, 0)
     site.records.append(record)
-    assert site.counts() == (2, 1, 0, 1)
+    assert site.counts() == (2, 2, 1, 0)
     # Who is quarantined has no vote, and leaves its end user's to others.
     mine = site.votes("fay", "down", NEW, rater="k1/mallory")
-    assert site.counts() == (2, 2, 0, 1)
+    assert site.counts() == (2, 3, 1, 0)
     site.store.raters.quarantine("k1/mallory", actor="ann", reason="a ring")
-    assert site.counts() == (2, 1, 0, 1)
+    assert site.counts() == (2, 2, 1, 0)
     site.says("k1/user:fay", mine, "up")
-    assert site.counts() == (3, 1, 0, 1)
+    assert site.counts() == (3, 2, 1, 0)
 
 
 def test_a_changed_share_begins_a_new_comparison(site: Site) -> None:
