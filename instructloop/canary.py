@@ -28,7 +28,7 @@ _ACTOR = "canary rule"
 _LOOK_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 60.0
 STALE_SECONDS = 30.0
-"""As in `server.routes_operator`: a replica that is silent for so long is gone."""
+"""As in `server.swap`: a replica that is silent for so long is gone."""
 _DEFAULT_SHARE = 0.1
 
 
