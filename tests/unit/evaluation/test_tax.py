@@ -158,7 +158,7 @@ def test_a_version_is_measured_once_as_long_as_the_items_are_the_same(
     back = compare(third, second, 0)  # the third is the first again
     assert sampler.loads == [second.name, first.name, third.name]
     assert back == {task: -difference for task, difference in to_second.items()}
-    assert back["tiny_generated"] > 0.3
+    assert back["tiny_generated"] > 0
     compare(third, second, 10)  # other items: what is kept of the second is of no use
     assert sampler.loads[3:] == [third.name, second.name]
 
