@@ -80,6 +80,10 @@ class TransformersSampler:
             distribution = (logits / (temperature or 1.0)).log_softmax(-1)
             drawn = torch.multinomial(distribution.exp(), 1, generator=generator)
             token = int(drawn if temperature else distribution.argmax())
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
             token_ids.append(token)
             logprobs.append(float(distribution[token]))
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
