@@ -261,7 +261,7 @@ class FeedbackMachine(RuleBasedStateMachine):
         data = record(*part).model_dump_json().encode()
         if kind == "newer event":
             given = self._event(said, rater, 0)
-            with patch("feedback.queue.SCHEMA", NEWER):
+            with patch("feedback.submission.SCHEMA", NEWER):
                 self.runner.run(self.queue.submit(given))
             self.acknowledged[given.event_id] = given
             self.in_queue.add(given.event_id)

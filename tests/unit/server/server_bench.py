@@ -16,10 +16,11 @@ from starlette.routing import Route
 from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
-from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
+from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
+from feedback.submission import Receipt
 from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry
