@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from feedback.events import Event
-from feedback.queue import LARGEST_ENTRY_BYTES, Entry
+from feedback.queue import Entry
 from feedback.records import SCHEMA, Completion
+from feedback.submission import LARGEST_ENTRY_BYTES
 
 _NUL = b"\\u0000"
 _NOT_FINITE = (b"NaN", b"Infinity")

@@ -12,13 +12,11 @@ and what was said decide alone.
 """
 
 import asyncio
-import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import redis
@@ -26,60 +24,21 @@ import redis.asyncio
 from pydantic_core import PydanticSerializationError
 from redis.exceptions import RedisError
 
-from feedback.events import Event, body_digest
+from feedback.events import Event
 from feedback.grouping import Grouped
 from feedback.records import SCHEMA, Completion
 from feedback.settings import QueueSettings
+from feedback.submission import (
+    SUBMIT,
+    Receipt,
+    Submission,
+    arguments_of,
+    divided,
+    receipt_key,
+    receipts_of,
+    submission,
+)
 
-LARGEST_ENTRY_BYTES = 64 * 2**20
-"""An event beyond this is refused; what comes into the stream all the same is a dead letter."""
-
-# Takes a group of events, one after the other, in one command: it is read, run and answered once.
-# KEYS: stream, then of each event its receipt, and where the giver sent one the idempotency key.
-# ARGV: lifetime of idempotency keys in seconds, schema version, then of each event: its id, the key id, the
-# event as JSON, digest of what was said, 1 where the giver sent an idempotency key and 0 elsewhere.
-# Answers with a letter for each event (queued, duplicate, conflict), and the id of the earlier event for each
-# that is not queued.
-# The entry comes before any key: if Redis refuses it for lack of memory, nothing claims that it is there.
-# A duplicate writes its key again, so that a WAIT behind it also speaks of the write that was first.
-_SUBMIT = """
-local function submit(receipt, idempotency, id, key, data, digest)
-  if idempotency then
-    local seen = redis.call('GET', idempotency)
-    if seen then
-      if string.sub(seen, 1, 64) ~= digest then
-        return 'c', string.sub(seen, 66)
-      end
-      redis.call('SET', idempotency, seen, 'KEEPTTL')
-      return 'd', string.sub(seen, 66)
-    end
-  end
-  if redis.call('EXISTS', receipt) == 1 then
-    redis.call('SET', receipt, key)
-    return 'd', id
-  end
-  redis.call('XADD', KEYS[1], '*', 'kind', 'event', 'data', data, 'event', id, 'key', key, 'schema', ARGV[2])
-  redis.call('SET', receipt, key)
-  if idempotency then
-    redis.call('SET', idempotency, digest .. ':' .. id, 'EX', ARGV[1])
-  end
-  return 'q'
-end
-
-local letters, earlier, k = {}, {}, 2
-for i = 3, #ARGV, 5 do
-  local receipt, idempotency = KEYS[k], nil
-  k = k + 1
-  if ARGV[i + 4] == '1' then
-    idempotency = KEYS[k]
-    k = k + 1
-  end
-  local letter, id = submit(receipt, idempotency, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
-  table.insert(letters, letter)
-  table.insert(earlier, id)
-end
-return {table.concat(letters), unpack(earlier)}
-"""
 # Forgets consumers that hold no entry and whose process is long gone: each process has a name of its own. A
 # live one that were meant by mistake would be made anew when it next reads.
 # KEYS: stream. ARGV: group, silence in milliseconds.
@@ -131,34 +90,6 @@ class IdempotencyConflict(Exception):  # noqa: N818
         super().__init__(f"the idempotency key was used for another event, {event_id}")
 
 
-class EntryTooLarge(ValueError):  # noqa: N818
-    """The event is larger than any entry may be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """An event that is durably queued. `duplicate`: it was already, under this id.
-
-    `conflict`: the idempotency key was used for the event `event_id`, which said something else; nothing was
-    queued. Only `submit_batch` answers with it.
-    """
-
-    event_id: str
-    duplicate: bool
-    conflict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Submission:
-    """An event on its way to Redis: what `_SUBMIT` takes of it."""
-
-    event_id: str
-    key_id: str
-    data: bytes
-    digest: str
-    idempotency: str | None
-
-
 class Entry(NamedTuple):
     """One record as it comes out of the stream.
 
@@ -196,9 +127,9 @@ class FeedbackQueue:
         said. Raises QueueUnavailable (the event may or may not be queued: submit it again),
         IdempotencyConflict and EntryTooLarge.
         """
-        submission = self._submission(event, idempotency_key)
+        given = submission(self._settings, event, idempotency_key)
         await self._require_durability()
-        receipt = await self._grouped(submission)
+        receipt = await self._grouped(given)
         if receipt.conflict:
             raise IdempotencyConflict(receipt.event_id)
         return receipt
@@ -215,7 +146,7 @@ class FeedbackQueue:
         """
         await self._require_durability()
         named = [None] * len(events) if idempotency_keys is None else idempotency_keys
-        given = [self._submission(event, key) for event, key in zip(events, named, strict=True)]
+        given = [submission(self._settings, event, key) for event, key in zip(events, named, strict=True)]
         receipts: list[Receipt] = []
         for start in range(0, len(given), _PIPELINE):
             receipts += await self._submit_all(given[start : start + _PIPELINE])
@@ -237,7 +168,7 @@ class FeedbackQueue:
     async def queued(self, event_id: str) -> str | None:
         """Return the key id of the event's giver while the event waits in the queue, else None."""
         async with self._redis():
-            giver = await self._client.get(_receipt_key(self._settings, event_id))
+            giver = await self._client.get(receipt_key(self._settings, event_id))
         return None if giver is None else _text(giver)
 
     async def durability(self) -> str | None:
@@ -264,41 +195,20 @@ class FeedbackQueue:
         async with self._redis():
             return int(await self._client.xlen(self._settings.stream))
 
-    def _submission(self, event: Event, idempotency_key: str | None) -> _Submission:
-        digest, idempotency = body_digest(event), None
-        if idempotency_key is not None:
-            event = _named(event, idempotency_key, digest)
-            idempotency = _idempotency_key(self._settings, event.key_id, idempotency_key)
-        data = event.model_dump_json().encode()
-        if len(data) > LARGEST_ENTRY_BYTES:
-            raise EntryTooLarge(f"an event may have at most {LARGEST_ENTRY_BYTES} bytes")
-        return _Submission(event.event_id, event.key_id, data, digest, idempotency)
-
-    async def _submit_all(self, given: Sequence[_Submission]) -> list[Receipt]:
+    async def _submit_all(self, given: Sequence[Submission]) -> list[Receipt]:
         if not given:
             return []
-        commands = _commands(given)
+        commands = divided(given)
         async with self._pipeline() as pipeline:
             for command in commands:
                 # The whole text, not its digest: a Redis that was restarted would not know the digest.
-                pipeline.eval(_SUBMIT, *self._arguments(command))
+                pipeline.eval(SUBMIT, *arguments_of(self._settings, command))
             answers = await self._execute(pipeline)
         return [
             receipt
             for command, (letters, *earlier) in zip(commands, answers, strict=True)
-            for receipt in _receipts(command, _text(letters), iter(earlier))
+            for receipt in receipts_of(command, _text(letters), map(_text, earlier))
         ]
-
-    def _arguments(self, command: Sequence[_Submission]) -> list[str | bytes | int]:
-        """Return what EVAL takes after the script: the number of keys, keys, arguments."""
-        keys = [self._settings.stream]
-        arguments: list[str | bytes | int] = [max(1, round(self._settings.idempotency_hours * 3600)), SCHEMA]
-        for one in command:
-            keys.append(_receipt_key(self._settings, one.event_id))
-            if one.idempotency is not None:
-                keys.append(one.idempotency)
-            arguments += (one.event_id, one.key_id, one.data, one.digest, int(one.idempotency is not None))
-        return [len(keys), *keys, *arguments]
 
     async def _execute(self, pipeline: Any) -> list[Any]:
         """Send a pipeline of writes; returns their answers once as many replicas have them as must."""
@@ -387,7 +297,7 @@ class StreamReader:
         if not entries:
             return
         ids = [entry.id for entry in entries]
-        receipts = [_receipt_key(self._settings, entry.event_id) for entry in entries if entry.event_id]
+        receipts = [receipt_key(self._settings, entry.event_id) for entry in entries if entry.event_id]
         with self._client.pipeline(transaction=True) as pipeline:
             pipeline.xack(self._settings.stream, self._settings.group, *ids)
             pipeline.xdel(self._settings.stream, *ids)
@@ -498,7 +408,7 @@ class QueueCleaning:
                 pipeline.xdel(self._aside, *(entry.id for entry in entries))
                 for entry in entries:
                     if entry.event_id is not None:
-                        pipeline.delete(_receipt_key(self._settings, entry.event_id))
+                        pipeline.delete(receipt_key(self._settings, entry.event_id))
                 pipeline.execute()
         self._client.delete(self._aside)
 
@@ -573,46 +483,6 @@ def _entry(id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
         None if key_id is None else _text(key_id),
         SCHEMA if schema is None else _text(schema),
     )
-
-
-def _commands(given: Sequence[_Submission]) -> list[list[_Submission]]:
-    """Divide a group so that no command is larger than the buffer in which Redis reads it (1 GiB)."""
-    commands: list[list[_Submission]] = [[]]
-    size = 0
-    for one in given:
-        size += len(one.data)
-        if size > LARGEST_ENTRY_BYTES and commands[-1]:
-            commands.append([])
-            size = len(one.data)
-        commands[-1].append(one)
-    return commands
-
-
-def _receipts(command: Sequence[_Submission], letters: str, earlier: Iterator[str | bytes]) -> list[Receipt]:
-    return [
-        Receipt(one.event_id, duplicate=False)
-        if letter == "q"
-        else Receipt(_text(next(earlier)), duplicate=letter == "d", conflict=letter == "c")
-        for one, letter in zip(command, letters, strict=True)
-    ]
-
-
-def _receipt_key(settings: QueueSettings, event_id: str) -> str:
-    return f"{{{settings.stream}}}:receipt:{event_id}"
-
-
-def _idempotency_key(settings: QueueSettings, key_id: str, idempotency_key: str) -> str:
-    return f"{{{settings.stream}}}:idempotency:{_sha256(key_id, idempotency_key)}"
-
-
-def _named(event: Event, idempotency_key: str, digest: str) -> Event:
-    """Give an event the id that every try under its giver's idempotency key has."""
-    id = f"fb-{_sha256(event.key_id, idempotency_key, digest)[:32]}"
-    return event.model_copy(update={"event_id": id})
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _text(value: str | bytes) -> str:

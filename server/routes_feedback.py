@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from feedback.dead_letters import DeadLetter, DeadLetters
 from feedback.events import Event
-from feedback.queue import EntryTooLarge, IdempotencyConflict, QueueUnavailable, Receipt
+from feedback.queue import IdempotencyConflict, QueueUnavailable
 from feedback.records import Completion
 from feedback.store import Query as StoredQuery
 from feedback.store import Store, StoredEvent
+from feedback.submission import EntryTooLarge, Receipt
 from registry.lineage import LEARNED, Lineage
 from server.answers import (
     ChoiceAnswer,

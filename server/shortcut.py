@@ -5,6 +5,7 @@ solving of dependencies; that costs more than to take an event does. The routes 
 document too; only who answers is found here. For handlers that take the bare request and return the response.
 """
 
+import inspect
 from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import FastAPI
@@ -45,7 +46,8 @@ class Shortcut:
             response = await handler(request)
         except Exception as error:
             kind = next(kind for kind in type(error).__mro__ if kind in self._errors)
-            await (await self._errors[kind](request, error))(scope, receive, send)
+            answer = self._errors[kind](request, error)
+            await (await answer if inspect.isawaitable(answer) else answer)(scope, receive, send)
             if kind is Exception:
                 raise  # nobody foresaw it: the server logs it
             return

@@ -1,7 +1,8 @@
-"""What all tests share: the order of the suites and the default model, converted once."""
+"""What all tests share: the order of the suites, lines for the summary, the default model, converted once."""
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +30,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SUITES.index(part) if part in SUITES else len(SUITES)
 
     items.sort(key=suite)
+
+
+Tell = Callable[[str], None]
+_TOLD = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Tell:
+    """Keep a line for the summary at the end of the run, also when the test passes."""
+    told = request.config.stash.setdefault(_TOLD, [])
+    name = request.node.name
+    return lambda line: told.append(f"{name}: {line}")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """Show what tests told: how many cases were tried."""
+    if told := config.stash.get(_TOLD, []):
+        terminalreporter.section("cases")
+        for line in told:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ replaced which, that a slice stays what it was) are checked after each step that
 
 import asyncio
 import shutil
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,7 +261,7 @@ class FeedbackMachine(RuleBasedStateMachine):
         data = record(*part).model_dump_json().encode()
         if kind == "newer event":
             given = self._event(said, rater, 0)
-            with patch("feedback.queue.SCHEMA", NEWER):
+            with patch("feedback.submission.SCHEMA", NEWER):
                 self.runner.run(self.queue.submit(given))
             self.acknowledged[given.event_id] = given
             self.in_queue.add(given.event_id)
@@ -537,9 +536,8 @@ def machine(request: pytest.FixtureRequest) -> Iterator[type[FeedbackMachine]]:
 
 
 def test_the_queue_and_the_store_keep_their_contract(
-    machine: type[FeedbackMachine], capsys: pytest.CaptureFixture[str]
+    machine: type[FeedbackMachine], tell: Callable[[str], None]
 ) -> None:
     run_state_machine_as_test(machine, settings=settings(**CASES))
     counts = ", ".join(f"{count} {name}" for name, count in machine.seen.items())
-    with capsys.disabled():
-        sys.stdout.write(f"\n{machine.engine.dialect.name}: {counts}\n")
+    tell(f"{machine.engine.dialect.name}: {counts}")

@@ -15,13 +15,13 @@ from feedback_samples import completion, event, thumb
 from feedback.entries import parse
 from feedback.queue import (
     Entry,
-    EntryTooLarge,
     FeedbackQueue,
     IdempotencyConflict,
     QueueUnavailable,
     StreamReader,
 )
 from feedback.settings import QueueSettings
+from feedback.submission import EntryTooLarge
 
 if TYPE_CHECKING:
     from conftest import RedisServer
@@ -151,12 +151,12 @@ async def test_an_event_beyond_what_an_entry_may_be_is_refused(
 ) -> None:
     said = thumb("e1", rater="é" * 300)
     size = len(said.model_dump_json().encode())
-    monkeypatch.setattr("feedback.queue.LARGEST_ENTRY_BYTES", size - 1)
+    monkeypatch.setattr("feedback.submission.LARGEST_ENTRY_BYTES", size - 1)
     for attempt in (queue.submit(said), queue.submit_batch([thumb("e2"), said])):
         with pytest.raises(EntryTooLarge, match=f"at most {size - 1} bytes"):
             await attempt
     assert await queue.depth() == 0
-    monkeypatch.setattr("feedback.queue.LARGEST_ENTRY_BYTES", size)
+    monkeypatch.setattr("feedback.submission.LARGEST_ENTRY_BYTES", size)
     await queue.submit(said)
 
 

@@ -72,17 +72,6 @@ def faults(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
 Tell = Callable[[str], None]
 
 
-@pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
-    """Prints a line that is seen also when the test passes."""
-
-    def tell(line: str) -> None:
-        with capsys.disabled():
-            print(f"\n{line}", end=" ", flush=True)  # noqa: T201
-
-    return tell
-
-
 def schemathesis(
     server: FuzzServer, directory: Path, who: str, *, not_faults: list[str], examples: int, tell: Tell
 ) -> None:

@@ -20,11 +20,12 @@ from feedback.cases import Cases
 from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
-from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
+from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
 from instructloop.canary import Canary
+from feedback.submission import Receipt
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage

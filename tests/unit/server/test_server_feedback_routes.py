@@ -7,8 +7,9 @@ import httpx
 import pytest
 from server_bench import Bench
 
-from feedback.queue import Entry, EntryTooLarge
+from feedback.queue import Entry
 from feedback.records import Choice, Completion
+from feedback.submission import EntryTooLarge
 from registry.rounds import EventUse
 
 REF = {"completion_id": "ID"}
