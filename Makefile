@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison bench-swap bench-serving format defaults lock clean
+.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison bench-canary bench-swap bench-serving format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -79,6 +79,11 @@ bench-swap: .venv/.installed
 bench-serving: .venv/.installed
 	@echo '==> serving with everything on, beside a bare `vllm serve`'
 	@$(RUN) tests.benchmarks.serving
+
+# Some minutes on two cores.
+bench-canary: .venv/.installed
+	@echo '==> how often the canary rule errs while it looks after every vote, and how many votes it takes'
+	@$(RUN) tests.benchmarks.canary_errors
 
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed

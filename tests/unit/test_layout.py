@@ -86,12 +86,14 @@ def test_there_is_no_drawer_module() -> None:
 
 def light_modules() -> list[str]:
     named = ["server.app", "server.settings", "training.settings", "evaluation.settings", "registry.settings"]
-    named += ["evaluation.round_report", "training.samples"]  # a server makes a round's page
+    # A server makes a round's page and tells of the trial.
+    named += ["evaluation.round_report", "evaluation.canary", "training.samples"]
     for package in ("feedback", "registry"):
         for found in pkgutil.iter_modules([str(ROOT / package)]):
             named.append(f"{package}.{found.name}")
     for name in (
         "access",
+        "canary",
         "cli",
         "config",
         "supervisor",

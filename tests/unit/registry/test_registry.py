@@ -42,6 +42,54 @@ def test_promotions_and_rollbacks_change_what_is_desired(three: Registry) -> Non
     ]
 
 
+def test_a_trial_is_what_its_track_should_serve(three: Registry) -> None:
+    assert three.desired("trial") is None
+    three.promote("policy-0000", actor="up", reason="first")
+    assert three.trial() is None
+    assert three.desired("trial") == three.desired()
+    before = time.time()
+    three.shadow("policy-0001", 1.0, actor="ann", reason="look")
+    three.canary("policy-0001", 0.25, actor="ann", reason="try")
+    trial, desired = three.trial(), three.desired("trial")
+    assert trial is not None
+    assert desired is not None
+    assert (trial.version, trial.mode, trial.share, trial.former) == (
+        "policy-0001",
+        "canary",
+        0.25,
+        "candidate",
+    )
+    assert before <= trial.since <= time.time()
+    assert (desired.name, desired.sequence) == ("policy-0001", trial.sequence) == ("policy-0001", 6)
+    stable = three.desired("stable")
+    assert stable is not None
+    assert stable.name == "policy-0000"
+    assert [entry.share for entry in three.log(3)] == [None, 1.0, 0.25]
+    assert three.withdraw(actor="ann", reason="") == "policy-0001"
+    assert (three.trial(), three.desired("trial")) == (None, stable)
+    with pytest.raises(IllegalTransition, match="no version is on trial"):
+        three.withdraw(actor="ann", reason="")
+
+
+def test_a_version_with_broken_files_is_not_tried(three: Registry) -> None:
+    three.promote("policy-0000", actor="up", reason="first")
+    (three.version("policy-0001").path / "model.safetensors").write_bytes(b"torn")
+    for attempt in (three.canary, three.shadow):
+        with pytest.raises(BrokenVersion, match=r"model\.safetensors"):
+            attempt("policy-0001", 0.5, actor="me", reason="")
+        with pytest.raises(UnknownVersion):
+            attempt("policy-0009", 0.5, actor="me", reason="")
+    assert three.trial() is None
+
+
+def test_pruning_spares_what_is_on_trial(three: Registry) -> None:
+    three.promote("policy-0002", actor="up", reason="first")
+    three.canary("policy-0000", 0.5, actor="me", reason="")
+    assert three.prune(keep=0) == ["policy-0001"]
+    three.withdraw(actor="me", reason="")
+    assert three.prune(keep=0) == ["policy-0000"]
+
+
 def test_moves_that_make_no_sense_are_refused_and_not_logged(three: Registry) -> None:
     three.promote("policy-0000", actor="me", reason="")
     three.reject("policy-0001", actor="me", reason="")
