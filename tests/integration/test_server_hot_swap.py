@@ -23,7 +23,13 @@ logger = logging.getLogger(__name__)
 
 STREAMS = 16
 TOKENS = 400
-PROMPTS = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at"]
+# The last fills a block of the prefix cache, so its answer shows of which weights what is kept there is.
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Water boils at " + "no, at " * 50,
+]
 
 
 def greedy(served: Installation) -> list[str]:
