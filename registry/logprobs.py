@@ -23,6 +23,8 @@ class SampledLogprobs:
         sampler = self.model_runner.sampler
         if self.model_runner.device.type != "cpu" or getattr(sampler, "logprobs_mode", "") != "raw_logprobs":
             return False
+        if not hasattr(sampler, "gather_logprobs"):  # vLLM's second model runner samples in another way
+            return False
         sampler.forward = _forward(sampler.forward, get_type_hints(type(sampler).gather_logprobs)["return"])
         return True
 

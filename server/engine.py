@@ -48,12 +48,16 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
 
     The logprob of each sampled token is always computed; a client that did not ask for logprobs does not
     see them. They are vLLM's `raw_logprobs`: of the model itself, before temperature and penalties.
+
+    A request finds only keys and values that the same weights computed: a salt, which vLLM's prefix cache
+    hashes along, names them, and is another after every change of weights.
     """
 
     _recorder: Recorder
     _version: str
     _collectors: dict[str, RequestOutputCollector | None]
     _hidden: set[str]
+    _salt: str | None
 
     def attach(self, recorder: Recorder, version: str) -> None:
         """Set where records go, and the version that outputs without a label come from."""
@@ -61,10 +65,19 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
         self._version = version
         self._collectors = {}
         self._hidden = set()
+        self.salt_anew()
 
     def attach_version(self, version: str) -> None:
         """Note the version that outputs without a label come from, after a swap."""
         self._version = version
+
+    def salt_anew(self) -> None:
+        """Let requests find no keys and values from before this call."""
+        self._salt = uuid.uuid4().hex
+
+    def salt_each(self) -> None:
+        """Let no request find another's keys and values, until `salt_anew`: they may be of either weights."""
+        self._salt = None
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -79,9 +92,15 @@ class RecordingEngine(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-check
             return outputs
         return self._recorded(generation, part, prompt, sampling_params, request_id, **kwargs)
 
-    async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> RequestOutputCollector:
-        """As AsyncLLM's; keeps the collector, which holds the last words of a request that is aborted."""
-        collector = await super().add_request(request_id, *args, **kwargs)
+    async def add_request(
+        self, request_id: str, prompt: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
+        """As AsyncLLM's, salted; keeps the collector, which holds the last words of an aborted request."""
+        salted = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        if isinstance(salted, dict):
+            salt = self._salt or uuid.uuid4().hex
+            salted = {**salted, "cache_salt": f"{salt}/{salted.get('cache_salt', '')}"}
+        collector = await super().add_request(request_id, salted, *args, **kwargs)
         if request_id in self._collectors:
             self._collectors[request_id] = collector
         if request_id in self._hidden:
@@ -215,8 +234,13 @@ class Engine:
         return bool(self._llm.errored)
 
     async def pause(self) -> None:
-        """Freeze running requests where they are; their keys and values are dropped and computed again."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        """Freeze running requests where they are.
+
+        They keep their keys and values, and go on from them with the weights that are there then. What a
+        multimodal model has encoded is kept apart from requests, so there all is dropped and computed again.
+        """
+        self._llm.salt_each()
+        await self._llm.pause_generation(mode="keep", clear_cache=self._llm.model_config.is_multimodal_model)
 
     async def resume(self) -> None:
         """Let requests run on."""
@@ -278,9 +302,8 @@ class Engine:
         return answer
 
     async def reset_caches(self) -> None:
-        """Forget keys and values of other weights. Raises RuntimeError if vLLM keeps some."""
-        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("the engine kept keys and values of the weights before")
+        """Let new requests find nothing that other weights computed."""
+        self._llm.salt_anew()
 
     async def label(self, version: str) -> None:
         """Name the weights, as they stand in the spans of what is generated from now on."""

@@ -4,6 +4,7 @@ The tests run in order: each goes on from the version that the one before left i
 """
 
 import asyncio
+import json
 import logging
 import signal
 import time
@@ -22,7 +23,13 @@ logger = logging.getLogger(__name__)
 
 STREAMS = 16
 TOKENS = 400
-PROMPTS = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at"]
+# The last fills a block of the prefix cache, so its answer shows of which weights what is kept there is.
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Water boils at " + "no, at " * 50,
+]
 
 
 def greedy(served: Installation) -> list[str]:
@@ -185,6 +192,67 @@ def test_a_checkpoint_that_lacks_a_tensor_leaves_no_mixture_behind(
     refused(served, name, "model.layers.20.self_attn.o_proj")
     assert greedy(served) == answers_of_base
     operate(served, "/v1/rollback?wait=true")
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        ("truncated", "model.safetensors can't be read"),
+        ("architecture", "num_attention_heads is 3"),
+        ("shape", "model.norm.weight has the shape"),
+    ],
+)
+def test_what_does_not_fit_never_stops_generation(
+    served: Installation, answers_of_base: list[str], tmp_path: Path, damage: str, because: str
+) -> None:
+    source = perturbed(served.registry.version("policy-0000").path, tmp_path / damage, scale=0.02, seed=4)
+    file = source / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "architecture":
+        settings = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 3}))
+    else:
+        tensors = load_file(file)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+    name, before = served.publish(source), pauses(served)
+    served.registry.promote(name, actor="test", reason="")
+    refused(served, name, because)
+    assert pauses(served) == before
+    assert greedy(served) == answers_of_base
+    operate(served, "/v1/rollback?wait=true")
+
+
+async def test_a_version_that_answers_otherwise_than_before_is_taken_back_and_no_stream_is_cut(
+    served: Installation, answers_of_base: list[str], tmp_path: Path
+) -> None:
+    base = served.registry.version("policy-0000")
+    name = served.publish(perturbed(base.path, tmp_path / "probed", scale=0.02, seed=5))
+    (key,) = [key for key in base.manifest.metrics if key.startswith("engine_probe")]
+    answer = [{**token, "id": token["id"] + 1, "margin": 9.0} for token in base.manifest.metrics[key]]
+    served.registry.annotate(name, metrics={key: answer})
+    begun = asyncio.Barrier(5)
+    async with openai.AsyncOpenAI(
+        base_url=f"{served.url}/v1", api_key=served.client_key, max_retries=0
+    ) as client:
+        running = [asyncio.create_task(stream(client, number, begun)) for number in range(4)]
+        await asyncio.wait_for(begun.wait(), timeout=60)
+        served.registry.promote(name, actor="test", reason="")
+        await asyncio.to_thread(refused, served, name, "answers in another way")
+        results = await asyncio.gather(*running)
+    assert [(count, reason) for _, _, count, reason in results] == [(TOKENS, "length")] * 4
+    # The weights that came back by vLLM's own reload are those of before, whole.
+    assert greedy(served) == answers_of_base
+    operate(served, "/v1/rollback?wait=true")
+
+
+def pauses(served: Installation) -> float:
+    """How often generation stood still for a swap."""
+    with served.http(served.operator_key) as http:
+        lines = http.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("instructloop_swap_seconds_count")]
+    return float(line.split()[-1])
 
 
 def refused(served: Installation, name: str, because: str) -> None:
