@@ -19,6 +19,7 @@ from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
+from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.lineage import Lineage
 from registry.registry import Registry
@@ -28,6 +29,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits
 from server.metrics import ServerMetrics
+from server.routes_arena import ArenaRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_feedback import FeedbackRoutes
 from server.routes_forget import ForgetRoutes
@@ -157,6 +159,7 @@ class Bench:
                 poll_seconds=0.02,
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
+            ArenaRoutes(arena=Arena(self.database), limits=limits).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
         ]
         self.app = assemble(
