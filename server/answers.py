@@ -254,22 +254,14 @@ class ArenaAnswer(BaseModel):
     pair: ArenaPair | None
 
 
-class ArenaLabels(BaseModel):
-    """What a rater says of the two answers beside which is better: InstructGPT's metadata."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    first: list[Label] = Field(default=[], max_length=20)
-    second: list[Label] = Field(default=[], max_length=20)
-
-
 class ArenaVote(BaseModel):
-    """Which answer is better, in the order in which they were handed out."""
+    """Which answer is better, in the order in which they were handed out, and InstructGPT's labels of each."""
 
     model_config = ConfigDict(extra="forbid")
 
     vote: Literal["first", "second", "tie"]
-    labels: ArenaLabels = ArenaLabels()
+    first_labels: list[Label] = Field(default=[], max_length=20)
+    second_labels: list[Label] = Field(default=[], max_length=20)
 
 
 class ArenaVoted(BaseModel):

@@ -67,8 +67,8 @@ class ArenaRoutes:
                 pair_id,
                 rater,
                 given.vote,
-                first_labels=given.labels.first,
-                second_labels=given.labels.second,
+                first_labels=given.first_labels,
+                second_labels=given.second_labels,
             )
 
         try:

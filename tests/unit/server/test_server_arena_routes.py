@@ -33,7 +33,7 @@ async def test_a_pair_is_handed_out_blind_and_the_vote_counts_for_the_answer_tha
             assert set(pair) == {"id", "axis", "messages", "first", "second"}, "no names, no order"
             assert (pair["id"], pair["axis"], pair["messages"]) == (id_, "helpful", MESSAGES)
             good, bad = ("first", "second") if pair["first"] == "good 0" else ("second", "first")
-            vote = {"vote": good, "labels": {bad: ["hallucination"]}}
+            vote = {"vote": good, f"{bad}_labels": ["hallucination"]}
             for _ in range(2):
                 taken = await http.post(f"/v1/arena/{id_}", json=vote)
                 assert (taken.status_code, taken.json()) == (200, {"pair_id": id_, "vote": good})
@@ -52,8 +52,8 @@ async def test_a_pair_is_handed_out_blind_and_the_vote_counts_for_the_answer_tha
     [
         ({}, "vote"),
         ({"vote": "both"}, "vote"),
-        ({"vote": "tie", "labels": {"first": ["nice"]}}, "labels.first.0"),
-        ({"vote": "tie", "labels": {"third": []}}, "labels.third"),
+        ({"vote": "tie", "first_labels": ["nice"]}, "first_labels.0"),
+        ({"vote": "tie", "third_labels": []}, "third_labels"),
         ({"vote": "tie", "rater": "bob"}, "rater"),
         ([], None),
     ],
