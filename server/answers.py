@@ -255,7 +255,7 @@ class ArenaAnswer(BaseModel):
 
 
 class ArenaVote(BaseModel):
-    """Which answer is better, in the order in which they were handed out, and InstructGPT's labels of each."""
+    """Which answer is better, in the order they were handed out, and InstructGPT's labels of each."""
 
     model_config = ConfigDict(extra="forbid")
 
