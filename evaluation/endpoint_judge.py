@@ -61,15 +61,19 @@ _FORMAT = {
 Letter = Literal["A", "B", "tie"]
 
 _LETTERS: Mapping[str, Letter] = {"a": "A", "b": "B", "c": "tie", "tie": "tie", "draw": "tie", "equal": "tie"}
-# From the clearest form to the vaguest; of each the last one said counts.
+# From the clearest form to the vaguest; of each the last one said counts. A mere mention of an answer, such
+# as "answer B is wrong", must match none.
 _FORMS = (
-    re.compile(r'"verdict"\s*:\s*"(?:answer\s+|assistant\s+)?(a|b|c|tie|draw|equal)"', re.IGNORECASE),
-    re.compile(r"\[\[\s*(a|b|c|tie)\s*\]\]", re.IGNORECASE),
+    re.compile(r'(?i)"verdict"\s*:\s*"(?:answer\s+|assistant\s+)?(a|b|c|tie|draw|equal)"'),
+    re.compile(r"(?i)\[\[\s*(a|b|c|tie)\s*\]\]"),
     re.compile(
-        r"\b(?:verdict|winner|better answer|answer)\b\W{0,6}(?:is\W{1,5})?(?:answer\s+|assistant\s+)?"
-        r"(?<![a-z])(A|B|[Tt]ie)\b(?!['’])",
+        r"(?i:\b(?:verdict|winner|(?:better|best|final)\s+(?:answer|one|response))(?:\s+is\b|\s*:)[\s:]*"
+        r"(?:answer\s+|assistant\s+)?)(A|B|[Tt]ie)\b(?!['’])"
     ),
-    re.compile(r"\A\W*(?:answer\s+|assistant\s+)?(a|b|tie)\W*\Z", re.IGNORECASE),
+    re.compile(
+        r"(?i:\b(?:answer|assistant)\s+)(A|B)(?i:\s+is\s+(?:the\s+)?(?:better|best)(?=[.,!]|\s+than|\s*$))"
+    ),
+    re.compile(r"(?i)\A\W*(?:answer\s+|assistant\s+)?(a|b|tie)\W*\Z"),
 )
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _UNREADABLE_REQUEST = frozenset({400, 422})
@@ -106,6 +110,8 @@ def read_verdict(text: str) -> Letter | None:
     What a reasoning model thinks before `</think>` does not count.
     """
     said = text.rpartition("</think>")[2].replace("**", "")
+    if "<think>" in said:
+        return None  # it was cut off while it thought
     for form in _FORMS:
         found = form.findall(said)
         if found:

@@ -28,6 +28,7 @@ from feedback.tombstones import digest
 from instructloop.database import compact
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
+from registry.arena import Arena
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -57,6 +58,7 @@ class Upkeep:
         self._client = client
         self._store = Store(engine, config.store.waiting_hours)
         self._forgettings = Forgettings(engine)
+        self._arena = Arena(engine)
         self._compact_at = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -155,19 +157,21 @@ class Upkeep:
             files = self._evaluation(evaluation.id)
             if self._forgettings.among([("completion", id) for id in files.completion_ids()]):
                 files.delete_texts()
+        With a rater go its votes in the arena.
+        """
+        rounds = Rounds(self._engine)
         for forgetting in forgettings:
             for number in lineage.over(self._forgettings.positions(forgetting.id)):
                 self._samples(number).delete()
             if forgetting.kind == "rater":
+                self._arena.forget(partial(_is_rater, forgetting.digest))
                 self._rename(rounds, forgetting.digest)
 
     def _rename(self, rounds: Rounds, rater: str) -> None:
         """Take a rater's id out of what rounds, versions and trackers say of raters."""
         from registry import manifest
 
-        def is_it(text: str) -> bool:
-            return digest(("rater", text)) == rater
-
+        is_it = partial(_is_rater, rater)
         name = f"sha256:{rater}"
         for directory in self._config.versions_dir.glob("*/"):
             if (directory / manifest.READY).exists():
@@ -189,3 +193,8 @@ class Upkeep:
 
     def _compact(self) -> None:
         compact(self._engine, METADATA.tables)
+
+
+def _is_rater(of: str, rater: str) -> bool:
+    """Whether a rater's id is the one with the digest `of`."""
+    return digest(("rater", rater)) == of

@@ -32,6 +32,7 @@ from feedback.queue import FeedbackQueue
 from feedback.settings import RaterSettings
 from feedback.spool import Spool
 from feedback.store import Store
+from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
@@ -47,6 +48,7 @@ from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
 from server.routes_cases import CaseRoutes
+from server.routes_arena import ArenaRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -185,6 +187,7 @@ async def serve(
                 report=evaluation_report,
             ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
+            ArenaRoutes(arena=Arena(database), limits=limits).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
             CaseRoutes(
                 cases=Cases(database),

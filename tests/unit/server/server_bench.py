@@ -26,6 +26,7 @@ from feedback.settings import RaterSettings
 from feedback.store import Store
 from instructloop.canary import Canary
 from feedback.submission import Receipt
+from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
@@ -38,6 +39,7 @@ from server.identity import Identity, TokenClaims
 from server.limits import Limits, Wanted
 from server.metrics import ServerMetrics
 from server.routes_cases import CaseRoutes
+from server.routes_arena import ArenaRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -205,6 +207,7 @@ class Bench:
                 report=lambda number: f"<h1>Evaluation {Evaluations(self.database).get(number).id}</h1>",
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
+            ArenaRoutes(arena=Arena(self.database), limits=limits).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
             CaseRoutes(
                 cases=Cases(self.database),
