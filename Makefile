@@ -97,11 +97,6 @@ bench-serving: .venv/.installed
 	@$(RUN) tests.benchmarks.serving
 
 
-# Some minutes on two cores.
-bench-canary: .venv/.installed
-	@echo '==> how often the canary rule errs while it looks after every vote, and how many votes it takes'
-	@$(RUN) tests.benchmarks.canary_errors
-
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed
 	@echo '==> the queue and the store against a slow model'

@@ -26,9 +26,9 @@ from feedback.store import Store
 from feedback.tables import METADATA
 from feedback.tombstones import digest
 from instructloop.database import compact
+from registry.arena import Arena
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
-from registry.arena import Arena
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -150,16 +150,13 @@ class Upkeep:
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
         """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes.
 
-        Of evaluations, the texts of those that ask such prompts.
+        Of evaluations, the texts of those that ask such prompts. With a rater go its votes in the arena.
         """
         rounds, lineage = Rounds(self._engine), Lineage(self._engine)
         for evaluation in Evaluations(self._engine).list(limit=1_000_000):
             files = self._evaluation(evaluation.id)
             if self._forgettings.among([("completion", id) for id in files.completion_ids()]):
                 files.delete_texts()
-        With a rater go its votes in the arena.
-        """
-        rounds = Rounds(self._engine)
         for forgetting in forgettings:
             for number in lineage.over(self._forgettings.positions(forgetting.id)):
                 self._samples(number).delete()

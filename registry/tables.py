@@ -1,10 +1,6 @@
-"""The registry's tables: versions' and audit log, replicas' reports, rounds with their figures, evaluations.
+"""The registry's tables: versions' and audit log, replicas' reports, rounds, evaluations, the arena.
 
-Owns the columns only. Rows are written by `registry.registry`, `audit`, `rounds` and `evaluations`, the
-tables by migrations. What a version is made of stands on disk, beside its weights, not here.
-"""The registry's tables: version log, audit log, replicas, rounds and their figures, the arena.
-
-Owns the columns only. Rows are written by `registry.registry`, `.audit`, `.rounds` and `.arena`,
+Owns the columns only. Rows are written by `registry.registry`, `audit`, `rounds`, `evaluations` and `arena`,
 the tables by migrations. What a version is made of stands on disk, beside its weights, not here.
 """
 
@@ -145,6 +141,8 @@ EVALUATIONS = sa.Table(
     sa.Column("step", sa.String(200)),
     sa.Column("done", sa.Integer, nullable=False, server_default="0"),
     sa.Column("total", sa.Integer, nullable=False, server_default="0"),
+)
+
 # Pairs of answers that people are asked about. `seed` decides, with the rater's id, in which order a rater
 # sees the two; it is never shown.
 ARENA_PAIRS = sa.Table(

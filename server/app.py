@@ -47,8 +47,8 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
-from server.routes_cases import CaseRoutes
 from server.routes_arena import ArenaRoutes
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes

@@ -24,8 +24,8 @@ from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
-from instructloop.canary import Canary
 from feedback.submission import Receipt
+from instructloop.canary import Canary
 from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
@@ -38,8 +38,8 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits, Wanted
 from server.metrics import ServerMetrics
-from server.routes_cases import CaseRoutes
 from server.routes_arena import ArenaRoutes
+from server.routes_cases import CaseRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
