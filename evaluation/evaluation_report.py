@@ -72,7 +72,7 @@ def _add_leaderboards(report: Report, table: Mapping[str, Any]) -> None:
         report.table(
             ["contestant", "rank", "rating", "interval"],
             [(name, rank, estimate, _span(low, high)) for name, rank, (estimate, low, high) in ratings],
-            caption="A rank is 1 more than the number of who is surely better; 400 points are odds of 10 to 1.",
+            caption="A rank is 1 more than the number of those surely better; 400 are odds of 10 to 1.",
         )
         if board["style"]:
             report.table(
