@@ -16,7 +16,7 @@ from evaluation.evaluation_report import evaluation_report
 from evaluation.reward_model import RewardModel
 from evaluation.run import EvaluationBusy
 from feedback.forgetting import Forgettings
-from registry.evaluations import Evaluation, Evaluations
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
 
 PROMPTS = 34
 
@@ -202,12 +202,12 @@ def test_an_unexpected_failure_is_told_and_not_tried_for_ever(
     assert carried_out(installation, number, make_sampler=Broken).error == "RuntimeError: CUDA error"
     evaluations = Evaluations(installation.engine)
     killed = ask(installation, prompts=prompt_file(tmp_path, 4))
-    for _ in range(5):
+    for _ in range(MOST_ATTEMPTS):
         evaluations.begin(killed)
     ended = evaluator(installation).carry_out_next()
     assert ended is not None
     assert (ended.id, ended.state) == (killed, "failed")
-    assert "killed 5 times" in str(ended.error)
+    assert f"killed {MOST_ATTEMPTS} times" in str(ended.error)
 
 
 def test_only_one_is_carried_out_at_a_time(installation: Installation, tmp_path: Path) -> None:
