@@ -132,8 +132,8 @@ def _verdict(check: Check, text: str) -> tuple[bool, bool]:
 def _fixed_draws() -> Iterator[None]:
     """Let the programs draw the same numbers each time, and nobody else's.
 
-    What a prompt set leaves open they draw at random, and so they do where it asks for six times the letter
-    "!", as IFEval's own does once: which letter is counted then must not change from answer to answer.
+    What a prompt set leaves open they draw at random, and so they do where it asks for a number of the letter
+    "!" or "#", as IFEval itself does: which letter is counted then must not change from answer to answer.
     """
     state = random.getstate()
     random.seed(0)

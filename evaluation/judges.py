@@ -45,8 +45,8 @@ class Judge(Protocol):
     """Anything that tells the better of two answers.
 
     `axis` says by what: `overall`, `helpful`, `honest`, `harmless`, `attempts`, `constraints` or
-    `truthful`. `agreement` holds how often the judge agreed with people, as `agreement.figures` gives it, by
-    data set; None where nobody measured it. It is to be stated beside the judge's verdicts.
+    `truthful`. `agreement` holds how often the judge agreed with people, as `evaluation.agreement.kept` gives
+    it, by data set; None where nobody measured it. It is to be stated beside the judge's verdicts.
     """
 
     name: str

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.agreement import statement
 from evaluation.checks import words
 from evaluation.comparison import clustered_mean, win_rate
 from evaluation.contestants import Answer
-from evaluation.judges import ChatPrompt, Judge
+from evaluation.judges import ChatPrompt, ChecksJudge, Judge
 from evaluation.leaderboard import Match, bradley_terry, style_controlled, style_of
 from evaluation.settings import EvaluationSettings
 
@@ -57,7 +58,15 @@ def figures(
             for name, own in zip(contestants, answers, strict=True)
         ],
         "judges": [
-            {"name": judge.name, "axis": judge.axis, "agreement": judge.agreement} for judge in judges
+            {
+                "name": judge.name,
+                "axis": judge.axis,
+                "agreement": judge.agreement,
+                "statement": "A program, which does not err about what it checks."
+                if isinstance(judge, ChecksJudge)
+                else statement(judge.agreement),
+            }
+            for judge in judges
         ],
         "tables": [
             {

@@ -26,6 +26,7 @@ from feedback.store import Store
 from feedback.tables import METADATA
 from feedback.tombstones import digest
 from instructloop.database import compact
+from registry.arena import Arena
 from registry.evaluations import Evaluations
 from registry.rounds import Rounds
 from training.samples import SampleLog
@@ -56,6 +57,7 @@ class Upkeep:
         self._client = client
         self._store = Store(engine, config.store.waiting_hours)
         self._forgettings = Forgettings(engine)
+        self._arena = Arena(engine)
         self._compact_at = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -147,7 +149,7 @@ class Upkeep:
     def _clean_files(self, forgettings: Sequence[Forgetting]) -> None:
         """Delete sample responses of rounds that had such events: prompts stand in them, and maybe echoes.
 
-        Of evaluations, the texts of those that ask such prompts.
+        Of evaluations, the texts of those that ask such prompts. With a rater go its votes in the arena.
         """
         rounds = Rounds(self._engine)
         for evaluation in Evaluations(self._engine).list(limit=1_000_000):
@@ -158,15 +160,14 @@ class Upkeep:
             for round_ in rounds.over(self._forgettings.positions(forgetting.id)):
                 self._samples(round_.id).delete()
             if forgetting.kind == "rater":
+                self._arena.forget(partial(_is_rater, forgetting.digest))
                 self._rename(rounds, forgetting.digest)
 
     def _rename(self, rounds: Rounds, rater: str) -> None:
         """Take a rater's id out of what rounds, versions and trackers say of raters."""
         from registry import manifest
 
-        def is_it(text: str) -> bool:
-            return digest(("rater", text)) == rater
-
+        is_it = partial(_is_rater, rater)
         name = f"sha256:{rater}"
         for directory in self._config.versions_dir.glob("*/"):
             if (directory / manifest.READY).exists():
@@ -188,3 +189,8 @@ class Upkeep:
 
     def _compact(self) -> None:
         compact(self._engine, METADATA.tables)
+
+
+def _is_rater(of: str, rater: str) -> bool:
+    """Whether a rater's id is the one with the digest `of`."""
+    return digest(("rater", rater)) == of

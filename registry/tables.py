@@ -1,7 +1,7 @@
-"""The registry's tables: versions' and audit log, replicas' reports, rounds with their figures, evaluations.
+"""The tables: versions' and audit log, replicas, rounds with their figures, evaluations, the arena.
 
-Owns the columns only. Rows are written by `registry.registry`, `audit`, `rounds` and `evaluations`, the
-tables by migrations. What a version is made of stands on disk, beside its weights, not here.
+Owns the columns only. Rows are written by `registry.registry`, `.audit`, `.rounds`, `.evaluations` and
+`.arena`, the tables by migrations. What a version is made of stands on disk, beside its weights, not here.
 """
 
 import sqlalchemy as sa
@@ -139,4 +139,31 @@ EVALUATIONS = sa.Table(
     sa.Column("step", sa.String(200)),
     sa.Column("done", sa.Integer, nullable=False, server_default="0"),
     sa.Column("total", sa.Integer, nullable=False, server_default="0"),
+)
+
+# Pairs of answers that people are asked about. `seed` decides, with the rater's id, in which order a rater
+# sees the two; it is never shown.
+ARENA_PAIRS = sa.Table(
+    "arena_pairs",
+    METADATA,
+    sa.Column("id", sa.String(60), primary_key=True),
+    sa.Column("axis", sa.String(40), nullable=False),
+    sa.Column("messages", sa.JSON, nullable=False),
+    sa.Column("first", sa.Text, nullable=False),
+    sa.Column("second", sa.Text, nullable=False),
+    sa.Column("seed", sa.String(32), nullable=False),
+    sa.Column("wanted", sa.Integer, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+# One vote a rater and pair. `outcome` is that of the pair's `first`, whatever order the rater saw.
+ARENA_VOTES = sa.Table(
+    "arena_votes",
+    METADATA,
+    sa.Column("pair_id", sa.String(60), sa.ForeignKey("arena_pairs.id"), primary_key=True),
+    sa.Column("rater", sa.String(500), primary_key=True, index=True),
+    sa.Column("outcome", sa.Float, nullable=False),
+    sa.Column("first_labels", sa.JSON, nullable=False),
+    sa.Column("second_labels", sa.JSON, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
 )

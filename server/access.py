@@ -19,6 +19,7 @@ from server.lookups import from_database
 _CLIENT: frozenset[CallerRole] = frozenset({"client"})
 _GIVERS: frozenset[CallerRole] = frozenset({"client", "rater", "token"})
 _OPERATOR: frozenset[CallerRole] = frozenset({"operator"})
+_RATERS: frozenset[CallerRole] = frozenset({"rater", "operator"})
 _KEYS: frozenset[CallerRole] = frozenset({"client", "rater", "operator"})
 _OPEN: frozenset[CallerRole] = frozenset()
 
@@ -39,7 +40,9 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/feedback/batch", _GIVERS - {"token"}),
     ("GET", "/v1/feedback/{id}", _GIVERS | _OPERATOR),
     ("GET", "/v1/feedback/{id}/lineage", _OPERATOR),
-    ("GET", "/v1/queries", frozenset({"rater", "operator"})),
+    ("GET", "/v1/queries", _RATERS),
+    ("GET", "/v1/arena", _RATERS),
+    ("POST", "/v1/arena/{id}", _RATERS),
     ("POST", "/v1/forget", _OPERATOR),
     ("GET", "/v1/forget", _OPERATOR),
     ("GET", "/v1/forget/{id}", _OPERATOR),

@@ -5,8 +5,9 @@ Numbers that are not finite are null in JSON.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from feedback.events import Label
 from registry.audit import AuditEntry
 from registry.evaluations import Evaluation
 from registry.registry import Manifest, Replica
@@ -249,3 +250,44 @@ class Move(BaseModel):
     """The body of a move, which may be left out."""
 
     reason: str = Field(default="", max_length=1000, description="Written to the log")
+
+
+class ArenaPair(BaseModel):
+    """Two answers to the last of the messages, blind, to be compared by `axis`."""
+
+    id: str
+    axis: str
+    messages: list[dict[str, str]]
+    first: str
+    second: str
+
+
+class ArenaAnswer(BaseModel):
+    """The pair to vote on next; null when there is none for this rater."""
+
+    pair: ArenaPair | None
+
+
+class ArenaLabels(BaseModel):
+    """What a rater says of the two answers beside which is better: InstructGPT's metadata."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    first: list[Label] = Field(default=[], max_length=20)
+    second: list[Label] = Field(default=[], max_length=20)
+
+
+class ArenaVote(BaseModel):
+    """Which answer is better, in the order in which they were handed out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vote: Literal["first", "second", "tie"]
+    labels: ArenaLabels = ArenaLabels()
+
+
+class ArenaVoted(BaseModel):
+    """The vote was stored."""
+
+    pair_id: str
+    vote: Literal["first", "second", "tie"]

@@ -30,6 +30,7 @@ from feedback.queue import FeedbackQueue
 from feedback.settings import RaterSettings
 from feedback.spool import Spool
 from feedback.store import Store
+from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
@@ -44,6 +45,7 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
+from server.routes_arena import ArenaRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -162,6 +164,7 @@ async def serve(
                 report=evaluation_report,
             ).router(),
             LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
+            ArenaRoutes(arena=Arena(database), limits=limits).router(),
             DeadLetterRoutes(dead_letters, audit).router(),
         ]
         app = assemble(

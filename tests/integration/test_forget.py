@@ -33,6 +33,7 @@ from feedback.spool import Spool
 from feedback.store import Store
 from instructloop import config as configuration
 from instructloop import installation, redis_process
+from registry.arena import Arena, OfferedPair
 from registry.rounds import Rounds
 from training.samples import SampleLog
 
@@ -192,6 +193,10 @@ def fill(place: Place) -> None:
         SampleLog(directory).keep(1, [{"prompt": text, "response": text, "score": 0.0}])
     place.store.raters.quarantine(RITA, actor="op", reason="contradicts everybody")
     place.store.raters.add_gold("f0", actor="op", reason="")
+    arena = Arena(place.engine)
+    (pair,) = arena.offer([OfferedPair([{"role": "user", "content": "Hi"}], "one", "another")], wanted=2)
+    for rater in (RITA, "k1/bob"):
+        arena.vote(pair, rater, "tie")
     waiting = [anns("spooled"), completion("of another", n=1, user="bob")]
     Spool(place.config.spool_file, 2**20).append([one.model_dump_json().encode() for one in waiting])
     asyncio.run(queue_up(place))
@@ -223,6 +228,8 @@ def check_forgotten(place: Place) -> None:
     assert Completion.model_validate_json(spooled.data).id == "of another"
     assert [one.rater[:7] for one in place.store.raters.log()] == ["sha256:"]
     assert place.store.raters.gold() == []
+    (pair,) = Arena(place.engine).offer([OfferedPair([{"role": "user", "content": "Hi"}], "one", "another")])
+    assert [vote.rater for vote in Arena(place.engine).votes([pair])[pair]] == ["k1/bob"]
     weights = [round_.config["training"]["reward_rater_weights"] for round_ in Rounds(place.engine).list()]
     assert [sorted(rater[:7] for rater in one) for one in weights] == [["k1/bob", "sha256:"]] * 2
 

@@ -18,7 +18,7 @@ RESULT = {
         {"name": name, "answers": 4, "words": INTERVAL, "tokens": 3.0, "cut_off": 0.0, "empty": 0.0}
         for name in ("policy-0000", "policy-0001")
     ],
-    "judges": [{"name": "checks", "axis": "constraints", "agreement": None}],
+    "judges": [{"name": "checks", "axis": "constraints", "agreement": None, "statement": "A program."}],
     "tables": [
         {
             "name": "checks",

@@ -20,6 +20,7 @@ from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable, Receipt
 from feedback.records import SCHEMA, Choice, Completion
 from feedback.settings import RaterSettings
 from feedback.store import Store
+from registry.arena import Arena
 from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 from registry.lineage import Lineage
@@ -30,6 +31,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits
 from server.metrics import ServerMetrics
+from server.routes_arena import ArenaRoutes
 from server.routes_dead_letters import DeadLetterRoutes
 from server.routes_evaluations import EvaluationRoutes
 from server.routes_feedback import FeedbackRoutes
@@ -168,6 +170,7 @@ class Bench:
                 report=lambda number: f"<h1>Evaluation {Evaluations(self.database).get(number).id}</h1>",
             ).router(),
             LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
+            ArenaRoutes(arena=Arena(self.database), limits=limits).router(),
             DeadLetterRoutes(self.dead_letters, audit).router(),
         ]
         self.app = assemble(
