@@ -4,6 +4,7 @@ Owns which figures there are; intervals are `comparison`'s, ratings `leaderboard
 and has no text of prompts or answers in it.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,12 +151,15 @@ class _Table:
         if len({match.prompt for match in matches}) < 2:
             return {}
         ways = {"plain": bradley_terry, "controlled": style_controlled}
-        return {
-            name: rate(
-                matches, confidence=settings.confidence, resamples=_RATING_RESAMPLES, seed=seed
-            ).figures()
-            for name, rate in ways.items()
-        }
+        with warnings.catch_warnings():
+            # Where hardly anything is decided the regression turns to another solver, and says so each time.
+            warnings.filterwarnings("ignore", "Line search of Newton solver")
+            return {
+                name: rate(
+                    matches, confidence=settings.confidence, resamples=_RATING_RESAMPLES, seed=seed
+                ).figures()
+                for name, rate in ways.items()
+            }
 
     def _judged(self, duels: Sequence[Duel]) -> Iterator[tuple[str, tuple[int, int], int, int, float]]:
         """Yield each verdict with the prompt's key, the pair, and which prompt and which of its answers."""
