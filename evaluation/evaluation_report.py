@@ -140,11 +140,7 @@ def _add_answers(report: Report, result: Mapping[str, Any]) -> None:
 
 def _add_judges(report: Report, result: Mapping[str, Any]) -> None:
     report.heading("Who judged")
-    rows = []
-    for judge in result["judges"]:
-        measured = flat(judge["agreement"]) if judge["agreement"] else []
-        agreement = "; ".join(f"{name}: {value}" for name, value in measured) or "not measured"
-        rows.append((judge["name"], judge["axis"], agreement))
+    rows = [(judge["name"], judge["axis"], judge["statement"]) for judge in result["judges"]]
     report.table(["judge", "by", "agreement with people"], rows)
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from evaluation.agreement import kept
 from evaluation.contestants import (
     Answer,
     Contestant,
@@ -28,6 +29,7 @@ from evaluation.contestants import (
     VersionContestant,
 )
 from evaluation.endpoint import Endpoint, EndpointProblem
+from evaluation.endpoint_judge import EndpointJudge, JudgeUnavailable
 from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
 from evaluation.few_shot import FEW_SHOT
 from evaluation.judges import ChatPrompt, ChecksJudge, Judge, Pair, RewardModelJudge
@@ -57,7 +59,14 @@ class CannotEvaluate(ValueError):  # noqa: N818
     """An evaluation can't be carried out, or not any more; the message says what is missing."""
 
 
-_EXPECTED = (CannotEvaluate, EndpointProblem, FileProblem, UnknownVersion, UnsuitableRequest)
+_EXPECTED = (
+    CannotEvaluate,
+    EndpointProblem,
+    FileProblem,
+    JudgeUnavailable,
+    UnknownVersion,
+    UnsuitableRequest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Equipment:
     held_out_share: float
     reward_tokens: tuple[int, int]
     privacy: PrivacyFilter | None = None
-    environment: Mapping[str, str] = os.environ
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 class Evaluator:
@@ -166,7 +175,7 @@ class EvaluationRun:
         self._equipment = equipment
         self._files = EvaluationFiles(evaluation_directory(equipment.data_dir, evaluation.id))
         self._engine = SharedEngine(equipment.make_sampler)
-        self._endpoints: list[Endpoint] = []
+        self._endpoints: list[Endpoint | EndpointJudge] = []
         self._completion_ids: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -214,13 +223,13 @@ class EvaluationRun:
 
     def _prompts(self) -> list[ChatPrompt]:
         """Return the prompts that were chosen, or choose them; not those that were forgotten since."""
-        kept = self._files.prompts()
+        chosen = self._files.prompts()
         self._completion_ids = self._files.completion_ids()
-        if kept is None or self._forgotten():
-            kept = self._choose()
-            self._files.choose(kept)
+        if chosen is None or self._forgotten():
+            chosen = self._choose()
+            self._files.choose(chosen)
         self._completion_ids = self._files.completion_ids()
-        return [ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"])) for one in kept]
+        return [ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"])) for one in chosen]
 
     def _choose(self) -> list[dict[str, Any]]:
         limit, found = self._request.limit, []
@@ -312,6 +321,8 @@ class EvaluationRun:
     def _judge(self, choice: JudgeChoice) -> Judge:
         if choice.kind == "checks":
             return ChecksJudge()
+        if choice.kind == "endpoint":
+            return self._endpoint_judge(choice)
         serving = self._equipment.registry.desired()
         assert serving is not None
         prompt_tokens, response_tokens = self._equipment.reward_tokens
@@ -321,7 +332,14 @@ class EvaluationRun:
             AutoTokenizer.from_pretrained(str(self._equipment.registry.version(serving.name).path)),
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
+            agreement=kept(self._reward_model(choice)),
         )
+
+    def _endpoint_judge(self, choice: JudgeChoice) -> EndpointJudge:
+        assert choice.url is not None and choice.model is not None
+        judge = EndpointJudge(choice.url, choice.model, axis=choice.axis, api_key=self._key(choice))
+        self._endpoints.append(judge)
+        return judge
 
     def _reward_model(self, choice: JudgeChoice) -> Path:
         assert choice.round is not None

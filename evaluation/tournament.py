@@ -4,14 +4,16 @@ Owns which figures there are; intervals are `comparison`'s, ratings `leaderboard
 and has no text of prompts or answers in it.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.agreement import statement
 from evaluation.checks import words
 from evaluation.comparison import clustered_mean, win_rate
 from evaluation.contestants import Answer
-from evaluation.judges import ChatPrompt, Judge
+from evaluation.judges import ChatPrompt, ChecksJudge, Judge
 from evaluation.leaderboard import Match, bradley_terry, style_controlled, style_of
 from evaluation.settings import EvaluationSettings
 
@@ -57,7 +59,15 @@ def figures(
             for name, own in zip(contestants, answers, strict=True)
         ],
         "judges": [
-            {"name": judge.name, "axis": judge.axis, "agreement": judge.agreement} for judge in judges
+            {
+                "name": judge.name,
+                "axis": judge.axis,
+                "agreement": judge.agreement,
+                "statement": "A program, which does not err about what it checks."
+                if isinstance(judge, ChecksJudge)
+                else statement(judge.agreement),
+            }
+            for judge in judges
         ],
         "tables": [
             {
@@ -141,12 +151,15 @@ class _Table:
         if len({match.prompt for match in matches}) < 2:
             return {}
         ways = {"plain": bradley_terry, "controlled": style_controlled}
-        return {
-            name: rate(
-                matches, confidence=settings.confidence, resamples=_RATING_RESAMPLES, seed=seed
-            ).figures()
-            for name, rate in ways.items()
-        }
+        with warnings.catch_warnings():
+            # Where hardly anything is decided the regression turns to another solver, and says so each time.
+            warnings.filterwarnings("ignore", "Line search of Newton solver")
+            return {
+                name: rate(
+                    matches, confidence=settings.confidence, resamples=_RATING_RESAMPLES, seed=seed
+                ).figures()
+                for name, rate in ways.items()
+            }
 
     def _judged(self, duels: Sequence[Duel]) -> Iterator[tuple[str, tuple[int, int], int, int, float]]:
         """Yield each verdict with the prompt's key, the pair, and which prompt and which of its answers."""

@@ -17,7 +17,7 @@ from registry.tables import EVALUATIONS
 
 EvaluationState = Literal["requested", "running", "done", "failed"]
 
-MOST_ATTEMPTS = 5
+MOST_ATTEMPTS = 20
 """How often an evaluation is begun; beyond that it is no power cut, but the kernel that kills it."""
 
 

@@ -41,15 +41,19 @@ EVENTS = 3 * PROMPTS
 class Installation:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
-        self.directory = directory
-        self.engine = connect(f"sqlite:///{directory / 'store.db'}")
+        self.open(directory)
         migrate(self.engine)
-        self.store, self.rounds = Store(self.engine), Rounds(self.engine)
-        self.registry = Registry(self.engine, directory / "versions")
         base = self.registry.publish(
             tiny_model(directory / "staging"), parent=None, round_id=None, kind="base", details={}
         )
         self.registry.promote(base.name, actor="test", reason="first")
+
+    def open(self, directory: Path) -> None:
+        """Open what is there already."""
+        self.directory = directory
+        self.engine = connect(f"sqlite:///{directory / 'store.db'}")
+        self.store, self.rounds = Store(self.engine), Rounds(self.engine)
+        self.registry = Registry(self.engine, directory / "versions")
 
     def trainer(self, **training: Any) -> Trainer:
         """A trainer in this process; `training` changes its settings, `make_sampler` its engine."""

@@ -1,0 +1,228 @@
+"""An evaluation carried out on real models of a few thousand weights: its result, kills, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from unit.evaluation.evaluating import ask, evaluator, installation_with_two_versions, run_in_a_process
+from unit.training.installation import Installation
+from unit.training.tiny import TransformersSampler
+
+from evaluation.checks import share_satisfied
+from evaluation.evaluation_files import EvaluationFiles, evaluation_directory
+from evaluation.evaluation_report import evaluation_report
+from evaluation.reward_model import RewardModel
+from evaluation.run import EvaluationBusy
+from feedback.forgetting import Forgettings
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
+
+PROMPTS = 34
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    return installation_with_two_versions(tmp_path / "data")
+
+
+def prompt_file(directory: Path, count: int = PROMPTS) -> str:
+    """Every second one with a check."""
+    rows: list[dict[str, Any]] = [{"prompt": f"w{i % 50} w{i // 50}"} for i in range(count)]
+    for row in rows[::2]:
+        row["checks"] = [{"kind": "mentions_any", "words": ["w1", "w2", "w3", "w4", "w5", "w6", "w7"]}]
+    path = directory / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def carried_out(installation: Installation, number: int, **change: Any) -> Evaluation:
+    return evaluator(installation, **change).carry_out(lambda: number)
+
+
+def files_of(installation: Installation, number: int) -> EvaluationFiles:
+    return EvaluationFiles(evaluation_directory(installation.directory, number))
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    first = installation_with_two_versions(unbroken)
+    ask(first, prompts=prompt_file(tmp_path), max_tokens=3)
+    first.engine.dispose()
+    shutil.copytree(unbroken, broken)
+    assert run_in_a_process(unbroken) == 0
+    # Of 1 file of prompts, 2 of each contestant's answers and 2 of verdicts; one run gets nowhere at all.
+    for files in (0, 1, 0, 1, 1, 1, 1, 1):
+        assert run_in_a_process(broken, files) == -9
+    assert run_in_a_process(broken) == 0
+    found = []
+    for directory in (unbroken, broken):
+        installation = Installation.__new__(Installation)
+        installation.open(directory)
+        (evaluation,) = Evaluations(installation.engine).list()
+        assert evaluation.state == "done", evaluation.error
+        found.append((evaluation.result, evaluation.done, contents(evaluation_directory(directory, 1))))
+        assert evaluation.attempts == (1 if directory == unbroken else 9)
+    assert found[0] == found[1]
+    assert len(found[0][2]) == 1 + 2 + 2 + 2
+
+
+def test_what_comes_of_it_is_what_its_answers_say(installation: Installation, tmp_path: Path) -> None:
+    RewardModel.from_decoder(installation.registry.version("policy-0001").path).save(
+        installation.directory / "rounds" / "0004" / "judge"
+    )
+    three = ["policy-0000", "policy-0001", "policy-0000+few-shot"]
+    number = ask(
+        installation, prompts=prompt_file(tmp_path, 40), contestants=three, judges=["checks", "reward-model"]
+    )
+    ended = carried_out(installation, number)
+    assert (ended.state, ended.error) == ("done", None)
+    assert ended.result is not None
+    assert (ended.done, ended.total) == (40 * (3 + 2 * 3), 40 * (3 + 2 * 3))
+    files, result = files_of(installation, number), ended.result
+    answers = [[*files.answers_so_far(i, 0), *files.answers_so_far(i, 1)] for i in range(3)]
+    assert [len(own) for own in answers] == [40] * 3
+    prompts = files.prompts()
+    assert prompts is not None
+    wins = []
+    for k, prompt in enumerate(prompts):
+        for ours, theirs in zip(answers[0][k], answers[1][k], strict=True):
+            if prompt["checks"]:
+                our, their = (share_satisfied(prompt["checks"], one["text"]) for one in (ours, theirs))
+                wins.append(0.5 if our == their else float(our > their))
+    checks, reward = result["tables"]
+    pair = checks["pairs"][0]
+    assert (pair["first"], pair["second"], pair["verdicts"], pair["no_verdict"]) == (*three[:2], 40, 40)
+    assert pair["win_rate"]["estimate"] == pytest.approx(sum(wins) / len(wins))
+    assert pair["ties"] == wins.count(0.5)
+    assert pair["win_rate"]["clusters"] == 20
+    assert [row["verdicts"] for row in reward["pairs"]] == [80] * 3
+    assert reward["name"] == "reward model of round 4"
+    assert [one["name"] for one in result["contestants"]] == three
+    assert result["contestants"][0]["tokens"] <= 6
+    places = [one["contestant"] for one in checks["leaderboards"]["plain"]["ratings"]]
+    assert sorted(places) == sorted(three)
+    page = evaluation_report(ended, files).html()
+    for text in ("wins over", "Leaderboard with length", "reward model of round 4", "Answers side by side"):
+        assert text in page
+    assert answers[1][0][0]["text"] in page
+
+
+def test_held_out_prompts_come_from_the_store_and_go_when_they_are_forgotten(
+    installation: Installation,
+) -> None:
+    installation.give_feedback(seed=1)
+    number = ask(installation, prompts="held-out", limit=12)
+    assert carried_out(installation, number).state == "done"
+    files = files_of(installation, number)
+    prompts = files.prompts()
+    assert prompts is not None
+    assert len({prompt["key"] for prompt in prompts}) == len(prompts) == 12
+    assert {check["kind"] for prompt in prompts for check in prompt["checks"]} == {"required_words"}
+    recorded = installation.store.completion(prompts[0]["completion_id"])[0]
+    assert prompts[0]["messages"] == recorded.messages
+
+    # Asked again and stopped half-way, forgotten meanwhile: what it had is gone, and it asks others.
+    class Stopped(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            raise SystemExit(143)
+
+    again = ask(installation, prompts="held-out", limit=12)
+    with pytest.raises(SystemExit):
+        carried_out(installation, again, make_sampler=Stopped)
+    gone = prompts[0]["completion_id"]
+    forget(installation, gone)
+    assert evaluator(installation).carry_out_next() is not None
+    ended = Evaluations(installation.engine).get(again)
+    assert (ended.state, ended.attempts) == ("done", 2)
+    assert gone not in files_of(installation, again).completion_ids()
+
+
+def test_a_prompt_that_is_forgotten_while_it_is_asked_ends_the_evaluation(installation: Installation) -> None:
+    installation.give_feedback(seed=1)
+    number = ask(installation, prompts="held-out", limit=12)
+    files = files_of(installation, number)
+
+    class Meanwhile(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            if ids := files.completion_ids():
+                forget(installation, ids[-1])
+                files.delete_texts()  # as the upkeep does
+            return super().sample(*given, **more)
+
+    ended = carried_out(installation, number, make_sampler=Meanwhile)
+    assert ended.state == "failed"
+    assert "forgotten meanwhile" in str(ended.error)
+    assert not (files.directory / "answers").exists()
+
+
+def forget(installation: Installation, completion_id: str) -> None:
+    forgettings = Forgettings(installation.engine)
+    forgettings.erase(forgettings.begin("completion", completion_id, "test"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "change", "reason"),
+    [
+        ({"prompts": "held-out"}, {}, "prompts: there are 0 in the held-out side of the store"),
+        ({"prompts": "{file}", "limit": 1}, {}, "prompts: there are 1 in "),
+        ({"prompts": "{bad}"}, {}, 'line 1: "prompt" (a string)'),
+        ({"prompts": "{file}"}, {"max_model_len": 6}, "max_tokens: 6 leaves no room"),
+        (
+            {"prompts": "{file}", "contestants": ["policy-0000", "http://127.0.0.1:9/v1#m#MISSING_API_KEY"]},
+            {"environment": {}},
+            "MISSING_API_KEY, with the key for m at 127.0.0.1:9, is not set",
+        ),
+    ],
+)
+def test_one_that_can_t_be_carried_out_says_why(
+    installation: Installation, tmp_path: Path, request_: dict[str, Any], change: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"question": "?"}\n')
+    names = {"{file}": prompt_file(tmp_path, 4), "{bad}": str(tmp_path / "bad.jsonl")}
+    request_ = request_ | {"prompts": names.get(request_["prompts"], request_["prompts"])}
+    ended = carried_out(installation, ask(installation, **request_), **change)
+    assert ended.state == "failed"
+    assert reason in str(ended.error)
+    assert evaluator(installation).carry_out_next() is None
+
+
+def test_an_unexpected_failure_is_told_and_not_tried_for_ever(
+    installation: Installation, tmp_path: Path
+) -> None:
+    class Broken(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            raise RuntimeError("CUDA error")
+
+    number = ask(installation, prompts=prompt_file(tmp_path, 4))
+    assert carried_out(installation, number, make_sampler=Broken).error == "RuntimeError: CUDA error"
+    evaluations = Evaluations(installation.engine)
+    killed = ask(installation, prompts=prompt_file(tmp_path, 4))
+    for _ in range(MOST_ATTEMPTS):
+        evaluations.begin(killed)
+    ended = evaluator(installation).carry_out_next()
+    assert ended is not None
+    assert (ended.id, ended.state) == (killed, "failed")
+    assert f"killed {MOST_ATTEMPTS} times" in str(ended.error)
+
+
+def test_only_one_is_carried_out_at_a_time(installation: Installation, tmp_path: Path) -> None:
+    first, second = (ask(installation, prompts=prompt_file(tmp_path, 4)) for _ in range(2))
+    tried: list[Any] = []
+
+    class Beside(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            if not tried:
+                tried.append(evaluator(installation).carry_out_next())
+                with pytest.raises(EvaluationBusy, match="another evaluation is under way"):
+                    evaluator(installation).carry_out(lambda: second)
+            return super().sample(*given, **more)
+
+    assert carried_out(installation, first, make_sampler=Beside).state == "done"
+    assert tried == [None]
+    assert Evaluations(installation.engine).get(second).state == "requested"
+    assert evaluator(installation).needed() == ({"policy-0000", "policy-0001"}, set())

@@ -1,0 +1,83 @@
+"""Evaluations over HTTP: what is taken, what is refused with the field named, what is told of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from server_bench import Bench
+
+from registry.audit import AuditLog
+from registry.evaluations import Evaluations
+
+TWO = {"contestants": ["policy-0000", "policy-0001"]}
+
+
+@pytest.fixture
+def versions(publish: Callable[[str], str]) -> list[str]:
+    return [publish("a"), publish("b")]
+
+
+async def test_one_is_asked_for_and_followed_to_its_end(bench: Bench, versions: list[str]) -> None:
+    prompts = bench.data_dir / "prompts"
+    prompts.mkdir()
+    (prompts / "own.jsonl").write_text('{"prompt": "hi"}\n')
+    asked = TWO | {"prompts": "own.jsonl", "judges": ["checks"], "n": 3}
+    async with bench.http("operator") as http:
+        told = await http.post("/v1/evaluations", json=asked)
+        assert (told.status_code, told.json()) == (202, {"id": 1, "state": "requested"})
+        evaluations = Evaluations(bench.database)
+        evaluations.begin(1)
+        evaluations.progress(1, "answers of policy-0000", 3, 8)
+        found = (await http.get("/v1/evaluations/1")).json()
+        assert (found["state"], found["step"], found["done"], found["total"]) == (
+            "running",
+            "answers of policy-0000",
+            3,
+            8,
+        )
+        assert found["requested_by"] == f"key {bench.key_ids['operator']} (operator)"
+        assert found["request"]["prompts"] == str((prompts / "own.jsonl").resolve())
+        assert [one["version"] for one in found["request"]["contestants"]] == versions
+        evaluations.finish(1, {"prompts": 4})
+        (listed,) = (await http.get("/v1/evaluations")).json()["evaluations"]
+        assert (listed["state"], listed["result"]) == ("done", {"prompts": 4})
+        page = await http.get("/v1/evaluations/1/report")
+        assert page.text == "<h1>Evaluation 1</h1>"
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+        for path in ("/v1/evaluations/7", "/v1/evaluations/7/report"):
+            missing = await http.get(path)
+            assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"contestants": ["policy-0000"]}, "contestants"),
+        ({"contestants": ["policy-0000", "policy-0000"]}, "contestants"),
+        ({"contestants": ["policy-0000", "policy-0009"]}, "contestants.1"),
+        ({"contestants": ["policy-0000", {"url": "file:///etc", "model": "m"}]}, "contestants.1.url"),
+        ({"judges": ["jury"]}, "judges.0"),
+        ({"judges": ["reward-model"]}, "judges.0"),
+        ({"prompts": "none.jsonl"}, "prompts"),
+        ({"prompts": "../store.db"}, "prompts"),
+        ({"prompts": "/etc/passwd"}, "prompts"),
+        ({"n": 0}, "n"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+async def test_what_can_t_be_evaluated_is_refused_with_the_field(
+    bench: Bench, versions: list[str], change: dict[str, Any], param: str
+) -> None:
+    async with bench.http("operator") as http:
+        refused = await http.post("/v1/evaluations", json=TWO | change)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["type"], error["param"]) == (422, "invalid", param)
+    assert Evaluations(bench.database).list() == []
+    assert all(entry.outcome == "refused" for entry in AuditLog(bench.database).entries())
+
+
+async def test_only_operators_evaluate(bench: Bench) -> None:
+    for who in ("client", "rater"):
+        async with bench.http(who) as http:
+            for method, path in (("GET", ""), ("POST", ""), ("GET", "/1"), ("GET", "/1/report")):
+                assert (await http.request(method, f"/v1/evaluations{path}")).status_code == 403
