@@ -1,7 +1,7 @@
 # `make up` runs the system, `make test` checks it. Each sets up what it needs; the second time is quick.
 # Elsewhere than on a machine whose pip finds torch==…+cpu: make up TORCH_INDEX=<URL of PyTorch's CPU wheels>
 
-.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison format defaults lock clean
+.PHONY: up test fuzz fuzz-store lint bench bench-rm bench-ppo bench-quality bench-faults bench-feedback bench-poison bench-tax format defaults lock clean
 export TORCH_INDEX PYTHON
 
 PACKAGES := instructloop feedback registry evaluation training server
@@ -69,6 +69,11 @@ bench-feedback: .venv/.installed
 bench-poison: .venv/.installed
 	@echo '==> poisoned votes with the defences off and on (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.poison
+
+# About ten minutes on two cores.
+bench-tax: .venv/.installed
+	@echo '==> HellaSwag and PIQA of the default model (INSTRUCTLOOP_DATA, by default ../shared/data)'
+	@$(RUN) tests.benchmarks.tax
 
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed

@@ -14,6 +14,7 @@ from evaluation.cases import CaseChanges
 from evaluation.comparison import Interval, win_rate
 from evaluation.overoptimisation import Watch
 from evaluation.settings import ConditionName, EvaluationSettings
+from evaluation.tax import Change
 
 _SHOWN_CASES = 10
 
@@ -46,8 +47,8 @@ class Evidence:
 
     `kl` is the candidate's mean KL from the version in service in nats a response, None when not measured;
     `decided_prompts` counts the prompts on which the combined outcomes are not tied overall. What is measured
-    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch; `cases`, what
-    the candidate changed on them.
+    apart from the comparisons is None where it was not: `watch`, the over-optimisation watch, `tax`, the
+    changes on benchmarks, and `cases`, those on cases.
     """
 
     judge: Interval | None
@@ -59,6 +60,7 @@ class Evidence:
     decided_prompts: int
     cases: CaseChanges | None = None
     watch: Watch | None = None
+    tax: tuple[Change, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,24 @@ def _not_over_optimised(evidence: Evidence, settings: EvaluationSettings) -> Fou
     return True, f"{gains}: it is not so that the proxy rose while gold fell beyond its interval.", figures
 
 
+def _little_tax(evidence: Evidence, settings: EvaluationSettings) -> Found | None:
+    if not evidence.tax:
+        return None
+    bound = settings.tax_bound
+    fallen = [item for item in evidence.tax if not item.difference.low >= -bound]
+    texts = [
+        f"{item.task} {item.metric} {item.before:.3f} before, {item.after:.3f} now "
+        f"({_gain(item.difference)}, {item.difference.clusters} items)"
+        for item in evidence.tax
+    ]
+    text = "Alignment tax: " + "; ".join(texts)
+    figures = {"tax": [item.as_dict() for item in evidence.tax], "tax_bound": bound}
+    if fallen:
+        names = ", ".join(item.task for item in fallen)
+        return False, f"{text}. A fall of more than {bound:g} is not ruled out on {names}.", figures
+    return True, f"{text}. A fall of more than {bound:g} is ruled out.", figures
+
+
 def _gain(interval: Interval) -> str:
     return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
@@ -276,6 +296,7 @@ CONDITIONS: dict[ConditionName, Callable[[Evidence, EvaluationSettings], Found |
     "KL": _within_budget,
     "cases": _cases,
     "gold against proxy": _not_over_optimised,
+    "tax": _little_tax,
 }
 """The gate's conditions, in the order in which a person reads them; one that returns None does not apply."""
 

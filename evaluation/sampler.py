@@ -52,6 +52,15 @@ class Sampler(Protocol):
     ) -> list[list[Sample]]:
         """`n` responses to each prompt of token ids, in the prompts' order."""
 
+    def loglikelihoods(
+        self, items: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's logprob after its context, and whether it is the likeliest.
+
+        Both are token ids, neither is empty. The logprob is the sum over tokens in nats, at temperature 1; a
+        greedy decoder gives the likeliest. What is too long loses the beginning of its context.
+        """
+
     def close(self) -> None:
         """Give back memory and processes."""
 
@@ -77,6 +86,7 @@ class VllmSampler:
         _set_environment(self._in_process)
         from vllm import LLM  # noqa: PLC0415 - takes seconds to import
 
+        self._max_model_len = max_model_len
         with _own_state():
             self._llm = LLM(
                 str(model_dir),
@@ -105,6 +115,28 @@ class VllmSampler:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results = self._llm.generate(requests, params, use_tqdm=False)
         return [[_sample(output) for output in result.outputs] for result in results]
+
+    def loglikelihoods(
+        self, items: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """See `Sampler.loglikelihoods`; the engine computes them as it reads a prompt."""
+        from vllm import SamplingParams  # noqa: PLC0415
+
+        # An engine generates one token at least, which has to fit in, too.
+        rows = [[*context, *continuation][1 - self._max_model_len :] for context, continuation in items]
+        results = self._llm.generate(
+            [{"prompt_token_ids": row} for row in rows],
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        found = []
+        for row, (_, continuation), result in zip(rows, items, results, strict=True):
+            start = max(1, len(row) - len(continuation))  # nothing predicts the first token
+            steps = [
+                step[token] for step, token in zip(result.prompt_logprobs[start:], row[start:], strict=True)
+            ]
+            found.append((sum(step.logprob for step in steps), all(step.rank == 1 for step in steps)))
+        return found
 
     def _parameters(self, n: int, max_tokens: int, temperature: float, seed: int) -> Any:
         from vllm import SamplingParams  # noqa: PLC0415
@@ -146,6 +178,29 @@ class TransformersSampler:
             for start in range(0, len(wanted), self._batch):
                 samples += self._generate(wanted[start : start + self._batch], max_tokens, temperature)
         return [samples[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def loglikelihoods(
+        self, items: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """See `Sampler.loglikelihoods`; rows of like length share a pass."""
+        longest = self._model.config.max_position_embeddings
+        rows = [[*context, *continuation][-longest:] for context, continuation in items]
+        found = [(0.0, False)] * len(items)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for begin in range(0, len(order), self._batch):
+            group = order[begin : begin + self._batch]
+            width = max(len(rows[i]) for i in group)
+            # Padded behind: a causal model does not look there.
+            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group], device=DEVICE)
+            logits = self._model(input_ids=ids).logits  # (B, T, V)
+            for i, row_logits in zip(group, logits, strict=True):
+                start = max(1, len(rows[i]) - len(items[i][1]))
+                own = row_logits[start - 1 : len(rows[i]) - 1].float()  # predict what comes after
+                tokens = torch.tensor(rows[i][start:], device=DEVICE)
+                logprobs = own.log_softmax(-1).gather(1, tokens[:, None])
+                found[i] = (float(logprobs.sum()), bool((own.argmax(-1) == tokens).all()))
+        return found
 
     def close(self) -> None:
         """Let go of the weights."""

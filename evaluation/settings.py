@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy"]
+ConditionName = Literal["decided prompts", "win rate", "KL", "cases", "gold against proxy", "tax"]
 """The gate's conditions."""
 
 
@@ -47,6 +47,20 @@ class EvaluationSettings(BaseModel):
         0, ge=0, description="How many cases that pass on the version in service may fail on a candidate."
     )
     case_tokens: int = Field(256, ge=1, description="The longest answer to a case, in tokens.")
+    tax_tasks: list[str] = Field(
+        default_factory=list,
+        description="Benchmarks on which candidates may not lose: names of lm-evaluation-harness, or "
+        "directories of task definitions; none if empty.",
+    )
+    tax_limit: int = Field(
+        400, ge=0, description="How many items of each benchmark are asked, the first ones; 0 asks all."
+    )
+    tax_bound: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="The gate refuses unless the interval rules out that a benchmark's score fell by more.",
+    )
     report_only: list[ConditionName] = Field(
         default_factory=list,
         description="Conditions of the gate that are reported but refuse no candidate.",

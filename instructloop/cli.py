@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instructloop import access, cases, dead_letters, fix, forget, lineage, raters, rounds
+from instructloop import access, cases, dead_letters, fix, forget, lineage, raters, rounds, tax
 
 if TYPE_CHECKING:
     from instructloop.config import Config
@@ -25,6 +25,7 @@ USAGE_ERROR = 2
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
+    ("evaluation.tax", "TaxProblem"),
     ("feedback.cases", "BadCase"),
     ("feedback.cases", "UnknownCase"),
     ("feedback.dead_letters", "StillBroken"),
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         add("cases", cases.listing, "list, add and remove prompts that every later candidate is tried on")
     )
     fix.add_to(add("fix", fix.fix, "add a case, train on it and wait until a version serves that passes it"))
+    tax.add_to(add("tax", tax.tax, "measure a served model by benchmarks of lm-evaluation-harness"))
     _add_feedback(add("feedback", _missing_subcommand, "import and export feedback"))
     demo = add("demo", _demo, "show the loop on a running `up`: a scripted rater, a round, before and after")
     demo.add_argument("--seed", type=int, default=0, help="of the scripted rater and of the measurements")
@@ -184,7 +186,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_versions(add: Callable[..., argparse.ArgumentParser]) -> None:
-    add("versions", _versions, "list the versions of the policy")
+    versions = add("versions", _versions, "list the versions of the policy, or show one with its verdict")
+    versions.add_argument("version", nargs="?", help="its name, such as policy-0003")
     promote = add("promote", _promote, "let a version serve")
     reject = add("reject", _reject, "rule a version out")
     rollback = add("rollback", _rollback, "go back to the version that served before")
@@ -310,7 +313,10 @@ def _versions(arguments: argparse.Namespace) -> int:
     from instructloop import listings
 
     registry = _registry(_config(arguments))
-    listings.show(listings.versions(registry))
+    if arguments.version is None:
+        listings.show(listings.versions(registry))
+    else:
+        print("\n".join(listings.version(registry.version(arguments.version))))
     return 0
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from feedback.keys import Keys
     from feedback.rater_records import Gold, RaterLogEntry
     from registry.audit import AuditEntry
-    from registry.registry import Registry
+    from registry.registry import Registry, Version
     from registry.round_record import Difference, RoundRecord
     from registry.rounds import Rounds
 
@@ -48,6 +48,30 @@ def versions(registry: "Registry") -> Rows:
             )
         )
     return rows
+
+
+def version(version: "Version") -> list[str]:
+    """One version as lines: where it comes from, its benchmarks, and the gate's verdict in words."""
+    from evaluation.gate import in_words
+    from evaluation.tax import KEPT, Result
+
+    manifest = version.manifest
+    lines = [
+        f"{version.name}: {version.state}",
+        f"parent: {manifest.parent or '-'}",
+        f"round: {'-' if manifest.round_id is None else manifest.round_id}",
+        f"made by: {manifest.kind}, {_when(manifest.created_at)}",
+        f"directory: {version.path}",
+    ]
+    for task, kept in sorted(manifest.metrics.get(KEPT, {}).items()):
+        found = Result.of(task, kept)
+        lines.append(f"{task}: {found.metric} {found.score()}, {len(found.right)} items")
+    if manifest.verdict is not None:
+        decision, *reasons = in_words(manifest.verdict)
+        against = manifest.verdict.get("incumbent")
+        lines += ["", decision + (f" It was compared with {against}." if against else "")]
+        lines += [f"  {reason}" for reason in reasons]
+    return lines
 
 
 def rounds(rounds: "Rounds") -> Rows:

@@ -80,6 +80,19 @@ _INTEGER = TypeAdapter(int)
 _LARGEST_N = 100_000
 
 
+def is_answer(body: Mapping[str, Any]) -> bool:
+    """Whether what a request asks for is recorded and can get feedback; odd bodies are vLLM's to refuse.
+
+    Beam search is none: its candidates were not sampled. Nor is a request for the likelihood of its own
+    prompt, as benchmarks send by the thousand: nobody reads the one token that an engine has to generate
+    then, and raters must not be asked about it.
+    """
+    scored = body.get("prompt_logprobs") is not None or (
+        bool(body.get("echo")) and body.get("logprobs") is not None
+    )
+    return not body.get("use_beam_search") and not (scored and body.get("max_tokens") in (0, 1))
+
+
 def generation_of(path: str, completion_id: str, key_id: str, body: Mapping[str, Any]) -> Generation:
     """Read from a request body what a record of it should carry; odd bodies are vLLM's to refuse."""
     prompts: tuple[str | None, ...] = ()

@@ -15,7 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access import Authenticator, roles_of
 from server.body import parse_object
-from server.context import CALLER, ENDPOINTS, GENERATION, Caller, Generation, choice_count, generation_of
+from server.context import (
+    CALLER,
+    ENDPOINTS,
+    GENERATION,
+    Caller,
+    Generation,
+    choice_count,
+    generation_of,
+    is_answer,
+)
 from server.errors import Problem
 from server.identity import Identity, TokenClaims
 from server.limits import Limits
@@ -119,7 +128,7 @@ class Gate:
             if prefix == "resp_":
                 fields["request_id"] = completion_id
                 body = json.dumps(fields).encode()
-            if not fields.get("use_beam_search"):
+            if is_answer(fields):
                 generation = generation_of(path, completion_id, caller.key_id, fields)
         headers = [item for item in headers if item[0] not in (b"content-length", b"transfer-encoding")]
         headers.append((b"content-length", str(len(body)).encode()))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from evaluation.cases import CaseChanges, CaseTest, Score, changes
+from evaluation import tax
+from evaluation.cases import CaseChanges, CaseTest, changes
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
@@ -26,7 +27,7 @@ from evaluation.overoptimisation import Point, watch_of
 from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
-from feedback.cases import CaseResult, Cases
+from feedback.cases import Cases
 from feedback.records import Completion
 from feedback.store import ResponseScore, Slice, Store
 from feedback.tombstones import digest
@@ -198,6 +199,10 @@ class RoundRun:
                 check_backbone(self._settings.reward_backbone, self._tokenizer)
             except (ValueError, OSError) as problem:
                 raise RoundRefused(f"reward_backbone: {problem}") from problem
+        try:
+            tax.find(self._evaluation.tax_tasks)
+        except tax.TaxProblem as problem:
+            raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
         self._rounds.record_uses(self._round.id, data.uses(self._settings))
         return {
             "train": data.train.counts(),
@@ -323,8 +328,9 @@ class RoundRun:
             sft=self._directory / "sft",
             proxy=self._directory / "reward_model",
             gold=self._directory / "judge",
+            # Fewer prompts than asked for are answered more often.
             responses=min(
-                -(-self._settings.ppo_selection_prompts // len(prompts)), self._evaluation.samples_per_prompt
+                self._settings.ppo_selection_prompts // len(prompts), self._evaluation.samples_per_prompt
             ),
             settings=self._evaluation,
             seed=self._settings.seed,
@@ -389,6 +395,7 @@ class RoundRun:
         evidence = replace(
             evidence,
             watch=watch_of(self._result("checkpoints")),
+            tax=self._tax(candidate, incumbent),
             cases=self._try_cases(candidate, incumbent),
         )
         verdict = decide(evidence, self._evaluation)
@@ -401,21 +408,31 @@ class RoundRun:
         if not cases:
             return None
         test = CaseTest(self._tokenizer, self._settings.prompt_tokens, self._evaluation.case_tokens)
-
-        def try_on(version: Version) -> list[tuple[str, bool]]:
-            found = test.answers(self._engine, version.path, cases)
-            passed = test.passed(cases, found, self._score_by_judge)
-            return [(answer.text, passes) for answer, passes in zip(found, passed, strict=True)]
-
-        results = [
-            CaseResult(case.id, candidate.name, incumbent.name, *before, *after)
-            for case, before, after in zip(cases, try_on(incumbent), try_on(candidate), strict=True)
-        ]
+        results = test.results(
+            self._engine,
+            cases,
+            candidate=candidate,
+            incumbent=incumbent,
+            score=lambda: partial(score_responses, RewardModel.load(self._directory / "judge")),
+        )
         kept.record_results(self._round.id, results)
         return changes(results)
 
-    def _score_by_judge(self) -> Score:
-        return partial(score_responses, RewardModel.load(self._directory / "judge"))
+    def _tax(self, candidate: Version, incumbent: Version) -> tuple[tax.Change, ...] | None:
+        """Measure what the candidate loses on benchmarks; None where none are configured."""
+        if not self._evaluation.tax_tasks:
+            return None
+        try:
+            return tax.changes(
+                self._engine,
+                self._tokenizer,
+                self._registry,
+                candidate=candidate,
+                incumbent=incumbent,
+                settings=self._evaluation,
+            )
+        except tax.TaxProblem as problem:
+            raise RoundRefused(f"evaluation.tax_tasks: {problem}") from None
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from unit.training.installation import EVALUATION, TRAINING, Installation
 
@@ -19,6 +20,7 @@ from training.round import STAGES
 ENGINE_SECONDS = 180
 SETTINGS = {"SERVER__MAX_MODEL_LEN": "128"}
 SETTINGS |= {f"TRAINING__{name.upper()}": json.dumps(value) for name, value in TRAINING.items()}
+SETTINGS["EVALUATION__TAX_TASKS"] = json.dumps([str(Path(__file__).with_name("tax_tasks"))])
 SETTINGS |= {f"EVALUATION__{name.upper()}": json.dumps(value) for name, value in EVALUATION.items()}
 
 

@@ -66,7 +66,14 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert outcome(broken) == outcome(unbroken)
     (_, candidate) = broken.registry.versions()
     assert candidate.manifest.verdict is not None
-    assert candidate.manifest.verdict["reasons"]
+    conditions = [condition["name"] for condition in candidate.manifest.verdict["conditions"]]
+    assert conditions == ["decided prompts", "win rate", "KL", "gold against proxy", "tax"]
+    assert all(
+        len(item.manifest.metrics["tax"]["facts"]["right"]) == 8 for item in broken.registry.versions()
+    )
+    plane = {(m.step, m.name): m.value for m in broken.rounds.metrics(1) if m.stage == "checkpoints"}
+    assert {step for step, _ in plane} == {0, 2, 3, 4, 6}
+    assert plane[6, "distance"] > plane[0, "distance"] == 0.0
     assert candidate.state == ("serving" if candidate.manifest.verdict["promote"] else "rejected")
     ppo = {metric.step for metric in broken.rounds.metrics(1) if metric.stage == "ppo"}
     assert ppo == set(range(1, 7))

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -11,12 +12,17 @@ import openai
 import pytest
 import sqlalchemy as sa
 from server_fixture import Installation, served, wait_for_record
+from transformers import AutoTokenizer
 
+from evaluation.sampler import TransformersSampler
+from evaluation.tax import measure, sampled
 from feedback import tables
 from feedback.records import Choice, Completion
+from instructloop import cli
 
 __all__ = ["served"]
 
+TAX_TASKS = Path(__file__).with_name("tax_tasks")
 ASK = [{"role": "user", "content": "Write two sentences about frogs."}]
 
 
@@ -154,6 +160,41 @@ def test_echo_and_prompt_logprobs_stay_the_client_s_affair(
     (record,) = wait_for_record(served, answer.id)
     assert "The sky is" + record.choices[0].text == choice.text
     check_record(record, served)
+
+
+def test_benchmarks_score_prompts_and_leave_no_records(
+    served: Installation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    desired = served.registry.desired()
+    assert desired is not None
+    version = served.registry.version(desired.name).path
+    command = ["tax", "--url", f"{served.url}/v1", "--tasks", str(TAX_TASKS), "--tokenizer", str(version)]
+    monkeypatch.setenv("OPENAI_API_KEY", served.client_key)
+    monkeypatch.delenv("INSTRUCTLOOP_DATA_DIR", raising=False)
+    with served.database.connect() as connection:
+        before = connection.execute(sa.select(sa.func.count()).select_from(tables.completions)).scalar_one()
+    assert cli.run([*command, "--output", str(tmp_path / "before.json")]) == 0
+    # The same model by Transformers, through the other way in.
+    tokenizer = AutoTokenizer.from_pretrained(str(version))
+    (expected,) = measure(sampled(TransformersSampler(version), tokenizer), [str(TAX_TASKS)], None)
+    kept = json.loads((tmp_path / "before.json").read_text())["facts"]
+    assert kept == expected.as_dict()
+    assert sum(expected.right) >= 6
+    assert cli.run([*command, "--limit", "8", "--before", str(tmp_path / "before.json")]) == 0
+    assert "0.000 [0.000, 0.000]" in capsys.readouterr().out.splitlines()[-1]
+    # A record that comes after all the others would have brought theirs, too.
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.client_key) as client:
+        answer = client.completions.create(model="policy", prompt="Hello", max_tokens=2)
+    wait_for_record(served, answer.id)
+    with served.database.connect() as connection:
+        after = connection.execute(sa.select(sa.func.count()).select_from(tables.completions)).scalar_one()
+    assert after == before + 1
+    monkeypatch.setenv("OPENAI_API_KEY", "il_client_wrong")
+    assert cli.run(command) == 2
+    assert "401" in capsys.readouterr().err
 
 
 def test_beam_search_works_and_is_not_recorded(served: Installation, client: openai.OpenAI) -> None:

@@ -2,13 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.gate import Comparison, Evidence, Verdict, decide, gather
+from evaluation.comparison import Interval
+from evaluation.gate import Comparison, Evidence, Verdict, decide, gather, in_words
+from evaluation.overoptimisation import Watch
 from evaluation.settings import EvaluationSettings
+from evaluation.tax import Result, change
 
 SETTINGS = EvaluationSettings(kl_budget=10.0)
 
@@ -110,3 +114,50 @@ def test_promotion_is_exactly_its_conditions(outcomes: list[float], kl: float, s
         and kl <= 10.0
     )
     assert decide(evidence, settings).promote == expected
+
+
+WINNER = gather([Comparison(str(number), float(number % 4 > 0)) for number in range(40)], 2.0, SETTINGS)
+
+
+def gain(low: float, high: float) -> Interval:
+    return Interval((low + high) / 2, low, high, 0.95, 12, 24)
+
+
+def test_gold_that_fell_while_the_proxy_rose_refuses_or_is_reported() -> None:
+    fooled = replace(WINNER, watch=Watch(6, 4, 12, False, proxy=gain(0.4, 0.8), gold=gain(-0.5, -0.1)))
+    verdict = decide(fooled, SETTINGS)
+    assert not verdict.promote
+    assert verdict.summary == "Not to be promoted: 1 of 4 conditions failed (gold against proxy)."
+    assert "+0.600 [+0.400, +0.800]" in verdict.conditions[3].sentence
+    assert "which is over-optimisation" in verdict.conditions[3].sentence
+    assert any("after update 6, chosen among 4" in remark for remark in verdict.remarks)
+    reporting = EvaluationSettings(kl_budget=10.0, report_only=["gold against proxy"])
+    lenient = decide(fooled, reporting)
+    assert lenient.promote
+    assert lenient.summary == "To be promoted: all 3 conditions hold."
+    lines = in_words(json.loads(json.dumps(lenient.as_dict())))
+    assert lines[0] == lenient.summary
+    assert lines[4].startswith("gold against proxy (fails, reported only): From the SFT policy on")
+    unsure = replace(WINNER, watch=Watch(6, 1, 12, False, proxy=gain(0.4, 0.8), gold=gain(-0.5, 0.1)))
+    assert decide(unsure, SETTINGS).promote
+    assert not any("chosen among" in remark for remark in decide(unsure, SETTINGS).remarks)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "promoted"),
+    [(0, 0, True), (4, 4, True), (8, 2, True), (60, 10, False), (12, 2, False)],
+)
+def test_a_fall_on_benchmarks_has_to_be_ruled_out(lost: int, won: int, promoted: bool) -> None:
+    """Of 400 items, of which the version in service had 200 right."""
+    before = Result("hellaswag", "acc_norm", "d", tuple(item < 200 for item in range(400)))
+    right = tuple((item >= lost) if item < 200 else item < 200 + won for item in range(400))
+    evidence = replace(WINNER, tax=(change(before, Result("hellaswag", "acc_norm", "d", right)),))
+    verdict = decide(evidence, EvaluationSettings(kl_budget=10.0, tax_bound=0.04))
+    assert verdict.promote is promoted
+    sentence = next(one.sentence for one in verdict.conditions if one.name == "tax")
+    assert f"hellaswag acc_norm 0.500 before, {0.5 + (won - lost) / 400:.3f} now" in sentence
+    assert ("is not ruled out on hellaswag" in sentence) is not promoted
+
+
+def test_a_verdict_from_before_conditions_had_names_is_read_too() -> None:
+    assert in_words({"promote": True, "reasons": ["It is better."]}) == ["To be promoted.", "It is better."]

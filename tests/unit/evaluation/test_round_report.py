@@ -108,3 +108,21 @@ def test_a_repeat_says_so(rounds: Rounds) -> None:
     number = rounds.begin(0, 40, CONFIG, 7, repeat_of=3).id
     record = RoundRecord(rounds.get(number), [], [], {})
     assert "It repeats round 3" in round_report(record, []).html()
+
+
+def test_checkpoints_stand_on_the_plane_by_their_distance(rounds: Rounds) -> None:
+    number = rounds.begin(0, 40, CONFIG, 7).id
+    rounds.stage(number, "checkpoints", "running")
+    for update, kl, gold in ((0, 0.0, 0.0), (4, 9.0, 0.25), (8, 4.0, -0.5)):
+        gains = {
+            f"{name}{part}": value for name, value in (("proxy", kl), ("gold", gold)) for part in ("", "/low")
+        }
+        rounds.metric(number, "checkpoints", update, {"kl": kl, "distance": kl**0.5, **gains})
+    assert "published" not in page(rounds, number).text.replace("likes best is published", "")
+    rounds.stage(number, "checkpoints", "done", {"update": 4, "points": [{"update": 4}]})
+    found = page(rounds, number)
+    for text in ("Over-optimisation watch", "√KL", "proxy, which was maximised", "0 (SFT)", "-0.500"):
+        assert text in found.text, text
+    assert found.text.index("9.000") < found.text.index("published", found.text.index("0 (SFT)"))
+    assert "checkpoints, by step" not in found.text  # once, on the plane
+    assert found.tags.count("svg") == 2  # and where the time went

@@ -14,6 +14,7 @@ from unit.training.tiny import END, TransformersSampler, tiny_model, tiny_tokeni
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, scores_and_spreads
 from training.algorithms import NothingToLearnFrom, Task, beside_neighbours, desirability, pairs, rloo, train
+from training.checkpoints import Checkpoints
 from training.dataset import Comparison, Judgement, Side
 from training.logprobs import total_logprobs
 from training.policy import load_policy
@@ -129,6 +130,26 @@ def test_dpo_sees_our_tokens_and_widens_the_margin(tmp_path: Path) -> None:
     assert after is run.task.policy
     assert change(run, after, BETTER) - change(run, after, BAD) > 5
     assert run.figures[-1]["loss"] < 0.5 * first["loss"]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rloo"])
+def test_checkpoints_are_kept_on_the_way_and_change_nothing(algorithm: str, tmp_path: Path) -> None:
+    chosen = settings(algorithm, preference_batch=12, ppo_updates=4)
+    kept = Checkpoints(tmp_path / "kept", tiny_tokenizer(), 2)
+    watched, unwatched = (
+        train(Run(tmp_path / name, chosen, checkpoints=checkpoints).task)
+        for name, checkpoints in (("watched", kept), ("unwatched", None))
+    )
+    assert watched[1] == unwatched[1]
+    assert list(kept.kept(before=100)) == [int(watched[1]["updates"]) // 2]
+    for name, value in watched[0].state_dict().items():
+        assert torch.equal(value, unwatched[0].state_dict()[name])
+    (directory,) = kept.kept(before=100).values()
+    start, on_the_way, end = (
+        logprobs(policy, [(PROMPTS[0].token_ids, BETTER)])
+        for policy in (load_policy(tmp_path / "watched" / "sft"), load_policy(directory), watched[0])
+    )
+    assert len({float(start), float(on_the_way), float(end)}) == 3
 
 
 def test_kto_raises_what_is_desirable_and_lowers_the_rest(tmp_path: Path) -> None:

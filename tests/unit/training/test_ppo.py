@@ -14,6 +14,7 @@ from unit.training.tiny import END, WORDS, TransformersSampler, tiny_model, tiny
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, autocast, score_responses
 from evaluation.sampler import Sample
+from training.checkpoints import Checkpoints
 from training.critic import Critic
 from training.episodes import Episodes
 from training.logprobs import total_logprobs
@@ -65,7 +66,9 @@ def _ppo(
     work: Path,
     settings: TrainingSettings,
     reward: RewardModel | None = None,
+    *,
     texts: PretrainingTexts | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[PPO, list[Mapping[str, float]]]:
     torch.manual_seed(0)
     figures: list[Mapping[str, float]] = []
@@ -88,6 +91,7 @@ def _ppo(
         work=work,
         report=lambda step, steps, values: figures.append(dict(values)),
         texts=texts,
+        checkpoints=checkpoints,
     )
     return ppo, figures
 
@@ -365,6 +369,34 @@ def test_the_average_of_the_weights_is_that_of_every_step(model_dir: Path, tmp_p
     ppo.trained_policy()
     for parameter, average in zip(ppo._learning, expected, strict=True):
         assert torch.allclose(parameter, average, atol=1e-6)
+
+
+def test_kept_checkpoints_are_what_was_published_had_training_ended_there(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    def run(name: str, **more: Any) -> tuple[Checkpoints, Path]:
+        settings = SETTINGS.model_copy(update={"ppo_updates": 6, **more})
+        kept = Checkpoints(tmp_path / name / "kept", tiny_tokenizer(), 4)
+        ppo, _ = _ppo(model_dir, tmp_path / name, settings, checkpoints=kept)
+        ppo.train()
+        return kept, tmp_path / name / "rollout"
+
+    def weights(directory: Path) -> dict[str, torch.Tensor]:
+        return dict(merged_weights(load_policy(directory)))
+
+    kept, rollouts = run("plain")
+    # Four over six updates; the last one is the candidate itself.
+    assert list(kept.kept(before=6)) == [2, 3, 4]
+    last = 4
+    assert list(kept.kept(before=3)) == [2]
+    # The engine's own checkpoint of that update is still there, and holds the same weights.
+    same = weights(rollouts / f"{last:04d}")
+    assert all(torch.equal(value, same[name]) for name, value in weights(kept.kept(before=6)[last]).items())
+    # With an average of the weights it is the average that is kept, and training goes on undisturbed.
+    averaged, rollouts = run("averaged", ppo_ema_decay=0.5)
+    own, current = weights(averaged.kept(before=6)[last]), weights(rollouts / f"{last:04d}")
+    assert any(not torch.equal(value, current[name]) for name, value in own.items())
+    assert all(torch.equal(value, current[name]) for name, value in same.items())
 
 
 def test_lora_trains_adapters_only_and_its_reference_is_the_model_without_them(

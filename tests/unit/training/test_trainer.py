@@ -1,9 +1,10 @@
 """Rounds by a real trainer on a tiny model: repeats, pins, what is kept on disk, and how failures read."""
 
 import errno
+import hashlib
 import json
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 from unit.training.installation import EVALUATION, EVENTS, TRAINING, Installation
 
+from evaluation.overoptimisation import Point
 from evaluation.sampler import Sampler
 from evaluation.settings import EvaluationSettings
 from registry.round_record import differences, read_record, same_weights
 from registry.rounds import UnknownRound
+from training.checkpoints import Watching, choose
 from training.disk import tidy, weights_a_round
 from training.failures import explain
 from training.round import MOST_ATTEMPTS, STAGES, EngineFailed, RoundRefused
@@ -349,3 +352,45 @@ def test_results_stand_in_the_store_as_on_disk(installation: Installation) -> No
         path = installation.directory / "rounds" / "0001" / f"{stage.name}.json"
         assert stage.result == json.loads(path.read_text())
         assert stage.seconds is not None
+
+
+def test_the_checkpoint_that_gold_likes_best_is_published(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: dict[int, str] = {}
+    placed: list[Point] = []
+
+    def remember(watching: Watching, candidates: Mapping[int, Path], report: Callable[[Point], None]) -> Any:
+        for update, directory in candidates.items():
+            offered[update] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+        _, points = choose(watching, candidates, report)
+        placed.extend(points)
+        # As if the judge had liked the first one best.
+        return points[0], points
+
+    monkeypatch.setattr("training.round.choose", remember)
+    ended = installation.trainer(**QUICK | {"ppo_updates": 4, "ppo_checkpoints": 2}).run_once()
+    assert ended is not None
+    assert ended.state == "done", ended.error
+    assert list(offered) == [2, 4]
+    assert len(set(offered.values())) == 2
+    assert installation.weights(ended.version) == offered[2]
+    result = {stage.name: stage.result for stage in installation.rounds.stages(1)}["checkpoints"]
+    assert result is not None
+    assert (result["update"], result["held_out"]) == (2, False)  # 40 prompts are too few for gate and choice
+    steps = {m.step for m in installation.rounds.metrics(1) if m.stage == "checkpoints"}
+    assert steps == {0, 2, 4}
+    assert ended.verdict is not None
+    names = [condition["name"] for condition in ended.verdict["conditions"]]
+    assert names == ["decided prompts", "win rate", "KL", "gold against proxy"]
+    assert ended.verdict["figures"]["watch"]["update"] == 2
+    assert any("chosen among 2 by the gold judge" in reason for reason in ended.verdict["reasons"])
+    assert placed[0].kl != placed[1].kl
+
+
+def test_without_checkpoints_the_last_policy_is_published_unwatched(installation: Installation) -> None:
+    ended = installation.trainer(**QUICK | {"ppo_checkpoints": 0}).run_once()
+    assert ended is not None
+    assert ended.verdict is not None
+    assert len(ended.verdict["conditions"]) == 3
+    assert [m for m in installation.rounds.metrics(1) if m.stage == "checkpoints"] == []

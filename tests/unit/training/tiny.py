@@ -85,5 +85,19 @@ class TransformersSampler:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return Sample(token_ids, logprobs, text, "stop" if END in token_ids else "length")
 
+    @torch.no_grad()
+    def loglikelihoods(
+        self, items: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        return [self._likelihood(list(context), list(continuation)) for context, continuation in items]
+
+    def _likelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        total, greedy = 0.0, True
+        for i, token in enumerate(continuation):
+            logits = self._model(input_ids=torch.tensor([context + continuation[:i]])).logits[0, -1].float()
+            total += float(logits.log_softmax(-1)[token])
+            greedy &= int(logits.argmax()) == token
+        return total, greedy
+
     def close(self) -> None:
         pass
