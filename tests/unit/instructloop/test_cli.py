@@ -160,6 +160,23 @@ def test_versions_roll_forward_and_back(
         assert [name for name, state in states.items() if state == "serving"] == [serving]
     assert registry.log()[-1].reason == "worse"
 
+    condition = {"name": "KL", "passed": False, "binding": True, "sentence": "Too far.", "figures": {}}
+    verdict = {"promote": False, "summary": "Not to be promoted.", "conditions": [condition], "remarks": []}
+    kept = {"metric": "acc_norm", "digest": "d", "right": "1" * 6 + "0" * 4}
+    registry.annotate(
+        "policy-0001", verdict=verdict | {"incumbent": "policy-0000"}, metrics={"tax": {"piqa": kept}}
+    )
+    capsys.readouterr()
+    assert cli.run(["versions", "policy-0001"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "policy-0001: retired",
+        "piqa: acc_norm 0.600 [0.313, 0.832], 10 items",
+        "Not to be promoted. It was compared with policy-0000.\n  KL (fails): Too far.",
+    ):
+        assert text in shown, shown
+    assert cli.run(["versions", "policy-0009"]) == 2
+
 
 def test_rounds_are_shown_compared_pinned_and_reported(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -197,7 +214,12 @@ def test_rounds_are_shown_compared_pinned_and_reported(
     capsys.readouterr()
     assert cli.run(["rounds", "show", "2"]) == 0
     shown = capsys.readouterr().out
-    for text in ("state: done", "verdict: promote: So it is.", '{"demonstrations": 20}', "sft/loss"):
+    for text in (
+        "state: done",
+        "verdict:\n  To be promoted.\n  So it is.",
+        '{"demonstrations": 20}',
+        "sft/loss",
+    ):
         assert text in shown
     assert cli.run(["rounds", "show", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"] == {"sft/loss": 0.25}

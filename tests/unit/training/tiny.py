@@ -78,8 +78,10 @@ class TransformersSampler:
         while len(token_ids) < max_tokens and END not in token_ids:
             logits = self._model(input_ids=torch.tensor([prompt + token_ids])).logits[0, -1].float()
             distribution = (logits / (temperature or 1.0)).log_softmax(-1)
-            drawn = torch.multinomial(distribution.exp(), 1, generator=generator)
-            token = int(drawn if temperature else distribution.argmax())
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
             token_ids.append(token)
             logprobs.append(float(distribution[token]))
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
