@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.checks import BadCheck, all_satisfied, degenerate, satisfied, validate
 from feedback.cases import BadCase, Case, CaseResult
+from registry.registry import Version
 
 if TYPE_CHECKING:
     from evaluation.sampler import Sample, Sampler
@@ -66,6 +67,28 @@ class CaseTest:
     tokenizer: Any
     prompt_tokens: int
     max_tokens: int
+
+    def results(
+        self,
+        sampler: "Sampler",
+        cases: Sequence[Case],
+        *,
+        candidate: Version,
+        incumbent: Version,
+        score: Callable[[], Score],
+    ) -> list[CaseResult]:
+        """Put every case to both versions; `score` makes the judge, for cases without checks."""
+
+        def try_on(version: Version) -> list[tuple[str, bool]]:
+            found = self.answers(sampler, version.path, cases)
+            passed = self.passed(cases, found, score)
+            return [(answer.text, passes) for answer, passes in zip(found, passed, strict=True)]
+
+        before, after = try_on(incumbent), try_on(candidate)
+        return [
+            CaseResult(case.id, candidate.name, incumbent.name, *old, *new)
+            for case, old, new in zip(cases, before, after, strict=True)
+        ]
 
     def answers(self, sampler: "Sampler", model_dir: Path, cases: Sequence[Case]) -> "list[Sample]":
         """Return what the version in `model_dir` answers to each case."""

@@ -5,9 +5,8 @@ an answer passes is decided in `evaluation.cases`; which versions are tried on t
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -367,15 +366,29 @@ def _resolved(connection: Connection, new: NewCase) -> tuple[dict[str, Any], lis
 
 
 def _check_text(name: str, value: Any) -> None:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if name == "messages" and len(text) > _LONGEST_PROMPT:
+    """Refuse what a database can't hold, and prompts without end; raises BadCase."""
+    texts = list(_texts(value))
+    if name == "messages" and sum(map(len, texts)) > _LONGEST_PROMPT:
         raise BadCase(name, f"a prompt may have at most {_LONGEST_PROMPT} characters")
+    if any("\0" in text for text in texts):
+        raise BadCase(name, "a database can't hold the character NUL")
     try:
-        text.encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
         raise BadCase(name, "there is half a character in it") from None
-    if "\0" in text or "\\u0000" in text:
-        raise BadCase(name, "a database can't hold the character NUL")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in some JSON, names too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _title(messages: Sequence[Mapping[str, str]]) -> str:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation import tax
-from evaluation.cases import CaseChanges, CaseTest, Score, changes
+from evaluation.cases import CaseChanges, CaseTest, changes
 from evaluation.comparison import Interval, clustered_mean
 from evaluation.contest import Prompt, answers, compare
 from evaluation.gate import decide, gather
@@ -27,7 +27,7 @@ from evaluation.overoptimisation import Point, watch_of
 from evaluation.reward_model import RewardModel, score_responses, scores_and_spreads
 from evaluation.sampler import Sample, Sampler
 from evaluation.settings import EvaluationSettings
-from feedback.cases import CaseResult, Cases
+from feedback.cases import Cases
 from feedback.records import Completion
 from feedback.store import ResponseScore, Slice, Store
 from feedback.tombstones import digest
@@ -420,21 +420,15 @@ class RoundRun:
         if not cases:
             return None
         test = CaseTest(self._tokenizer, self._settings.prompt_tokens, self._evaluation.case_tokens)
-
-        def try_on(version: Version) -> list[tuple[str, bool]]:
-            found = test.answers(self._engine, version.path, cases)
-            passed = test.passed(cases, found, self._score_by_judge)
-            return [(answer.text, passes) for answer, passes in zip(found, passed, strict=True)]
-
-        results = [
-            CaseResult(case.id, candidate.name, incumbent.name, *before, *after)
-            for case, before, after in zip(cases, try_on(incumbent), try_on(candidate), strict=True)
-        ]
+        results = test.results(
+            self._engine,
+            cases,
+            candidate=candidate,
+            incumbent=incumbent,
+            score=lambda: partial(score_responses, RewardModel.load(self._directory / "judge")),
+        )
         kept.record_results(self._round.id, results)
         return changes(results)
-
-    def _score_by_judge(self) -> Score:
-        return partial(score_responses, RewardModel.load(self._directory / "judge"))
 
     def _act(self, version: str, verdict: Result) -> None:
         """Record the verdict and do what it says; done again after a kill, it changes nothing.

@@ -193,7 +193,7 @@ def test_a_round_tries_its_candidate_on_cases_learns_from_them_and_tells_what_ch
     (used,) = Lineage(installation.engine).uses(fixed.event_ids[0])
     assert (used.use, used.reason) == ("trained", None)
     page = parts.round_report(Config(data_dir=installation.directory), installation.engine, round_.id).html()
-    assert "1 fixed, 1 broke" in page
+    assert "2 fixed, 1 broke" in page
     assert "w20 w21" in page
 
 

@@ -50,6 +50,11 @@ positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409",
 include-path = "/v1/feedback"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "403", "404", "409", "410", "422", "429", "503"]
 
+# What makes a case a document can't say either: one prompt, and checks that are some.
+[[operations]]
+include-path = "/v1/cases"
+checks.positive_data_acceptance.expected-statuses = ["2xx", "403", "404", "422", "429", "503"]
+
 # It answers line by line.
 [[operations]]
 include-path = "/v1/feedback/batch"
