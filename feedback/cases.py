@@ -27,10 +27,10 @@ from feedback.events import (
     references,
 )
 from feedback.forgetting import take_turn
-from feedback.queue import Receipt
 from feedback.records import Choice, Completion, Name, canonical_json, conversation
 from feedback.rows import event_of
 from feedback.store import load_completions
+from feedback.submission import Receipt
 from feedback.tombstones import Name as Origin
 from feedback.tombstones import Tombstones, completion_names
 
