@@ -38,6 +38,7 @@ async def serve(config: Config) -> int:
     from feedback.queue import FeedbackQueue
     from server.app import serve as run
     from server.limits import RedisCounters
+    from server.routes import FromAbove
 
     engine = installation.open_database(config)
     if installation.open_registry(config, engine).desired() is None:
@@ -59,11 +60,13 @@ async def serve(config: Config) -> int:
             secret=installation.ensure_secret(config.data_dir),
             replica_id=replica_id(config),
             waiting_hours=config.store.waiting_hours,
-            round_report=lambda number: round_report(config, engine, number).html(),
-            trial_report=canary.open_canary(config, engine).report,
-            evaluation_report=lambda number: evaluation_report(config, engine, number).html(),
             raters=config.raters,
-            check_case=check_case,
+            above=FromAbove(
+                round_report=lambda number: round_report(config, engine, number).html(),
+                evaluation_report=lambda number: evaluation_report(config, engine, number).html(),
+                trial_report=canary.open_canary(config, engine).report,
+                check_case=check_case,
+            ),
         )
     finally:
         await client.aclose()

@@ -24,7 +24,8 @@ from registry.proof import (
 )
 
 _UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
-_IDLE_PRIORITY = 19
+_PRIORITY = 5
+"""Niceness: below vLLM's steps and above training, which a busy machine may have, so that it gets its turn."""
 
 
 class WeightStaging:
@@ -61,7 +62,7 @@ class WeightStaging:
 
 
 class _Staged:
-    """A second set of a model's parameters and packed layers, filled by a thread of the lowest priority."""
+    """A second set of a model's parameters and packed layers, filled by a thread of a lower priority."""
 
     def __init__(self, model: Any, directory: Path) -> None:
         self.result: dict[str, str] | str | None = None
@@ -89,7 +90,7 @@ class _Staged:
         import torch
 
         # Only this thread: vLLM has bound the worker to one core, and its steps must go first.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)
         os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
         try:
             with torch.no_grad():

@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 import uvicorn
@@ -25,19 +24,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from feedback.cases import Cases, Validate
-from feedback.dead_letters import DeadLetters
 from feedback.keys import Keys
 from feedback.queue import FeedbackQueue
 from feedback.settings import RaterSettings
 from feedback.spool import Spool
-from feedback.store import Store
-from registry.arena import Arena
-from registry.audit import AuditLog
-from registry.evaluations import Evaluations
-from registry.lineage import Lineage
 from registry.registry import BrokenVersion, Registry, Replica, Track, Version
-from registry.rounds import Rounds
 from registry.settings import RolloutSettings
 from server.access import Authenticator
 from server.errors import DATABASE_AWAY, Problem, invalid_field
@@ -47,17 +38,7 @@ from server.metrics import ServerMetrics
 from server.middleware import Gate
 from server.openapi import document
 from server.recorder import Recorder
-from server.routes_arena import ArenaRoutes
-from server.routes_cases import CaseRoutes
-from server.routes_dead_letters import DeadLetterRoutes
-from server.routes_evaluations import EvaluationRoutes
-from server.routes_feedback import FeedbackRoutes
-from server.routes_forget import ForgetRoutes
-from server.routes_lineage import LineageRoutes
-from server.routes_operator import OperatorRoutes
-from server.routes_raters import RaterRoutes
-from server.routes_state import StateRoutes
-from server.routes_trial import TrialRoutes
+from server.routes import FromAbove, ReplicaState, all_routers
 from server.routing import Router
 from server.settings import ServerSettings
 from server.shortcut import Shortcut
@@ -87,17 +68,12 @@ async def serve(
     secret: bytes,
     replica_id: str,
     waiting_hours: float,
-    round_report: Callable[[int], str],
-    trial_report: Callable[[], dict[str, Any]],
-    evaluation_report: Callable[[int], str],
     raters: RaterSettings,
-    check_case: Validate,
+    above: FromAbove,
 ) -> None:
     """Serve the registry's desired version until SIGINT or SIGTERM, following the registry meanwhile.
 
-    `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away;
-    `round_report` and `evaluation_report` make the pages about a round and an evaluation, `trial_report`
-    tells of the trial, `check_case` refuses what makes no case.
+    `counters` hold what `server.limits` counts, `spool` is the file for completions while Redis is away.
     Raises NothingToServe, and RuntimeError if the engine's process ends by itself.
     """
     registry = Registry(database, versions)
@@ -143,61 +119,27 @@ async def serve(
             watch_seconds=rollout.watch_seconds,
             copies=rollout.shadow_copies,
         )
-        store, rounds = Store(database), Rounds(database)
-        dead_letters, lineage = DeadLetters(database, waiting_hours), Lineage(database)
-        audit = AuditLog(database)
         limits = Limits(counters, settings, metrics)
-        routers = [
-            StateRoutes(
-                queue=queue,
-                metrics=metrics,
+        routers = all_routers(
+            database=database,
+            registry=registry,
+            queue=queue,
+            identity=ids,
+            limits=limits,
+            metrics=metrics,
+            settings=settings,
+            raters=raters,
+            data_dir=versions.parent,
+            waiting_hours=waiting_hours,
+            wait_seconds=rollout.wait_seconds,
+            state=ReplicaState(
                 dead=lambda: engine.dead,
                 obstacle=swapper.obstacle,
                 serving=lambda: swapper.status.serving,
                 recording=recorder.trouble,
-            ).router(),
-            FeedbackRoutes(
-                queue=queue,
-                store=store,
-                dead_letters=dead_letters,
-                lineage=lineage,
-                identity=ids,
-                limits=limits,
-                metrics=metrics,
-                batch_lines=settings.batch_lines,
-                gold_share=raters.gold_share,
-            ).router(),
-            ForgetRoutes(
-                forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
-            ).router(),
-            RaterRoutes(audit=audit, store=store, settings=raters).router(),
-            OperatorRoutes(
-                registry=registry,
-                rounds=rounds,
-                audit=audit,
-                wait_seconds=rollout.wait_seconds,
-                round_report=round_report,
-            ).router(),
-            TrialRoutes(registry=registry, audit=audit, report=trial_report).router(),
-            EvaluationRoutes(
-                evaluations=Evaluations(database),
-                registry=registry,
-                audit=audit,
-                data_dir=versions.parent,
-                report=evaluation_report,
-            ).router(),
-            LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
-            ArenaRoutes(arena=Arena(database), limits=limits).router(),
-            DeadLetterRoutes(dead_letters, audit).router(),
-            CaseRoutes(
-                cases=Cases(database),
-                queue=queue,
-                store=store,
-                lineage=lineage,
-                audit=audit,
-                validate=check_case,
-            ).router(),
-        ]
+            ),
+            above=above,
+        )
         app = assemble(
             engine.app,
             routers,

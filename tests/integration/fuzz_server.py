@@ -16,8 +16,6 @@ from starlette.applications import Starlette
 
 from evaluation.cases import check_case
 from feedback import ingest
-from feedback.cases import Cases
-from feedback.dead_letters import DeadLetters
 from feedback.events import Event, Thumb
 from feedback.keys import Keys
 from feedback.queue import Entry, FeedbackQueue, StreamReader
@@ -26,9 +24,7 @@ from feedback.settings import QueueSettings, RaterSettings
 from feedback.store import ResponseScore, Store
 from instructloop.canary import Canary
 from instructloop.database import connect, migrate
-from registry.audit import AuditLog
 from registry.evaluations import Evaluations
-from registry.lineage import Lineage
 from registry.registry import Registry, Replica
 from registry.rounds import Rounds
 from registry.settings import RolloutSettings
@@ -37,16 +33,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits, RedisCounters
 from server.metrics import ServerMetrics
-from server.routes_cases import CaseRoutes
-from server.routes_dead_letters import DeadLetterRoutes
-from server.routes_evaluations import EvaluationRoutes
-from server.routes_feedback import FeedbackRoutes
-from server.routes_forget import ForgetRoutes
-from server.routes_lineage import LineageRoutes
-from server.routes_operator import OperatorRoutes
-from server.routes_raters import RaterRoutes
-from server.routes_state import StateRoutes
-from server.routes_trial import TrialRoutes
+from server.routes import FromAbove, ReplicaState, all_routers
 from server.settings import ServerSettings
 
 QUEUE = QueueSettings(timeout_seconds=1.0)
@@ -99,62 +86,33 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
             metrics = ServerMetrics(CollectorRegistry())
             limits = Limits(RedisCounters(client, "feed:limit"), settings, metrics)
             queue = FeedbackQueue(client, QUEUE)
-            audit, lineage, dead_letters = AuditLog(database), Lineage(database), DeadLetters(database)
-            routers = [
-                StateRoutes(
-                    queue=queue,
-                    metrics=metrics,
+            routers = all_routers(
+                database=database,
+                registry=registry,
+                queue=queue,
+                identity=identity,
+                limits=limits,
+                metrics=metrics,
+                settings=settings,
+                raters=RaterSettings(),
+                data_dir=directory,
+                waiting_hours=24,
+                wait_seconds=0.05,
+                state=ReplicaState(
                     dead=lambda: False,
                     obstacle=lambda: None,
                     serving=lambda: "policy-0000",
                     recording=lambda: None,
-                ).router(),
-                FeedbackRoutes(
-                    queue=queue,
-                    store=store,
-                    dead_letters=dead_letters,
-                    lineage=lineage,
-                    identity=identity,
-                    limits=limits,
-                    metrics=metrics,
-                    batch_lines=settings.batch_lines,
-                    gold_share=0.1,
-                ).router(),
-                OperatorRoutes(
-                    registry=registry,
-                    rounds=rounds,
-                    audit=audit,
-                    wait_seconds=0.05,
+                ),
+                above=FromAbove(
                     round_report=lambda number: f"<h1>Round {rounds.get(number).id}</h1>",
-                    poll_seconds=0.01,
-                ).router(),
-                ForgetRoutes(
-                    forgettings=store.forgettings, registry=registry, lineage=lineage, audit=audit
-                ).router(),
-                RaterRoutes(store=store, settings=RaterSettings(), audit=audit).router(),
-                TrialRoutes(
-                    registry=registry,
-                    audit=audit,
-                    report=Canary(database, registry, RolloutSettings()).report,
-                ).router(),
-                EvaluationRoutes(
-                    evaluations=Evaluations(database),
-                    registry=registry,
-                    audit=audit,
-                    data_dir=directory,
-                    report=lambda number: f"<h1>Evaluation {Evaluations(database).get(number).id}</h1>",
-                ).router(),
-                LineageRoutes(lineage=lineage, registry=registry, store=store).router(),
-                DeadLetterRoutes(dead_letters, audit).router(),
-                CaseRoutes(
-                    cases=Cases(database),
-                    queue=queue,
-                    store=store,
-                    lineage=lineage,
-                    audit=audit,
-                    validate=check_case,
-                ).router(),
-            ]
+                    evaluation_report=lambda number: (
+                        f"<h1>Evaluation {Evaluations(database).get(number).id}</h1>"
+                    ),
+                    trial_report=Canary(database, registry, RolloutSettings()).report,
+                    check_case=check_case,
+                ),
+            )
             config.app = assemble(
                 Starlette(),
                 routers,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import httpx
 import sqlalchemy as sa
-from fastapi import APIRouter
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from starlette.applications import Starlette
@@ -16,8 +15,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from evaluation.cases import check_case
-from feedback.cases import Cases
-from feedback.dead_letters import DeadLetters
 from feedback.events import Event
 from feedback.keys import Keys
 from feedback.queue import Entry, IdempotencyConflict, QueueUnavailable
@@ -26,10 +23,7 @@ from feedback.settings import RaterSettings
 from feedback.store import Store
 from feedback.submission import Receipt
 from instructloop.canary import Canary
-from registry.arena import Arena
-from registry.audit import AuditLog
 from registry.evaluations import Evaluations
-from registry.lineage import Lineage
 from registry.registry import Registry
 from registry.rounds import Rounds
 from registry.settings import RolloutSettings
@@ -38,17 +32,7 @@ from server.app import assemble
 from server.identity import Identity, TokenClaims
 from server.limits import Limits, Wanted
 from server.metrics import ServerMetrics
-from server.routes_arena import ArenaRoutes
-from server.routes_cases import CaseRoutes
-from server.routes_dead_letters import DeadLetterRoutes
-from server.routes_evaluations import EvaluationRoutes
-from server.routes_feedback import FeedbackRoutes
-from server.routes_forget import ForgetRoutes
-from server.routes_lineage import LineageRoutes
-from server.routes_operator import OperatorRoutes
-from server.routes_raters import RaterRoutes
-from server.routes_state import StateRoutes
-from server.routes_trial import TrialRoutes
+from server.routes import FromAbove, ReplicaState, all_routers
 from server.routing import Router
 from server.settings import ServerSettings
 
@@ -159,65 +143,34 @@ class Bench:
     counters: MemoryCounters = field(default_factory=MemoryCounters)
 
     def __post_init__(self) -> None:
-        self.dead_letters, lineage = DeadLetters(self.database), Lineage(self.database)
         limits = Limits(self.counters, self.settings, self.metrics)
-        audit = AuditLog(self.database)
-        routers: list[APIRouter] = [
-            StateRoutes(
-                queue=self.queue,
-                metrics=self.metrics,
+        routers = all_routers(
+            database=self.database,
+            registry=self.registry,
+            queue=self.queue,
+            identity=self.identity,
+            limits=limits,
+            metrics=self.metrics,
+            settings=self.settings,
+            raters=self.raters,
+            data_dir=self.data_dir,
+            waiting_hours=24,
+            wait_seconds=0.5,
+            state=ReplicaState(
                 dead=lambda: self.dead,
                 obstacle=lambda: self.obstacle,
                 serving=lambda: "policy-0000",
                 recording=lambda: self.recording,
-            ).router(),
-            FeedbackRoutes(
-                queue=self.queue,
-                store=self.store,
-                dead_letters=self.dead_letters,
-                lineage=lineage,
-                identity=self.identity,
-                limits=limits,
-                metrics=self.metrics,
-                batch_lines=self.settings.batch_lines,
-                gold_share=self.raters.gold_share,
-            ).router(),
-            ForgetRoutes(
-                forgettings=self.store.forgettings, registry=self.registry, lineage=lineage, audit=audit
-            ).router(),
-            RaterRoutes(audit=audit, store=self.store, settings=self.raters).router(),
-            OperatorRoutes(
-                registry=self.registry,
-                rounds=self.rounds,
-                audit=audit,
-                wait_seconds=0.5,
+            ),
+            above=FromAbove(
                 round_report=lambda number: f"<h1>Round {self.rounds.get(number).id}</h1>",
-                poll_seconds=0.02,
-            ).router(),
-            TrialRoutes(
-                registry=self.registry,
-                audit=audit,
-                report=Canary(self.database, self.registry, RolloutSettings()).report,
-            ).router(),
-            EvaluationRoutes(
-                evaluations=Evaluations(self.database),
-                registry=self.registry,
-                audit=audit,
-                data_dir=self.data_dir,
-                report=lambda number: f"<h1>Evaluation {Evaluations(self.database).get(number).id}</h1>",
-            ).router(),
-            LineageRoutes(lineage=lineage, registry=self.registry, store=self.store).router(),
-            ArenaRoutes(arena=Arena(self.database), limits=limits).router(),
-            DeadLetterRoutes(self.dead_letters, audit).router(),
-            CaseRoutes(
-                cases=Cases(self.database),
-                queue=self.queue,
-                store=self.store,
-                lineage=lineage,
-                audit=audit,
-                validate=check_case,
-            ).router(),
-        ]
+                evaluation_report=lambda number: (
+                    f"<h1>Evaluation {Evaluations(self.database).get(number).id}</h1>"
+                ),
+                trial_report=Canary(self.database, self.registry, RolloutSettings()).report,
+                check_case=check_case,
+            ),
+        )
         self.app = assemble(
             self.engine or engine_app(),
             routers,
