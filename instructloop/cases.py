@@ -187,7 +187,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return 0
     for name, value in _described(case, []).items():
         if name not in ("results", "messages"):
-            print(f"{name}: {listings.text(value)}")
+            print(f"{name}: {listings.when(value) if name.endswith('_at') else listings.text(value)}")
     for message in case.messages:
         print(f"{message['role']}: {message['content']}")
     for result in results:

@@ -298,17 +298,17 @@ class _Way:
             code = self._trainer.poll()
             if code is None:
                 return
-            if code not in (0, 1):
+            if code not in (0, 1) and not trainer_is_at_work(self._config.data_dir):
                 log = Path(str(self._trainer_log.name)) if self._trainer_log else None
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
                 raise NotFixed(f"the trainer ended with code {code}: {' '.join(last)} (see {log})")
         if trainer_is_at_work(self._config.data_dir):
             return
-        log_file = self._config.data_dir / "logs" / "train.log"
+        log_file = self._config.data_dir / "logs" / "fix.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
         print(f"no trainer is at work here: starting one for this round (log: {log_file})", flush=True)
         if self._trainer_log is None:
-            self._trainer_log = log_file.open("ab")
+            self._trainer_log = log_file.open("wb")
         file = [] if self._file is None else ["--config", str(self._file)]
         self._trainer = subprocess.Popen(
             child.command(sys.executable, "-m", "instructloop.cli", *file, "train", "--once"),
@@ -372,8 +372,11 @@ def _objections(verdict: "dict[str, Any] | Any") -> list[str]:
 
 
 def trainer_is_at_work(data_dir: Path) -> bool:
-    """Whether a trainer holds the lock of `training.trainer`, whose import takes torch."""
-    lock = data_dir / "rounds" / "lock"
+    """Whether a trainer holds the lock of `training.trainer`, whose import takes torch, or `up` keeps one."""
+    return _is_held(data_dir / "rounds" / "lock") or _is_held(data_dir / "up.lock")
+
+
+def _is_held(lock: Path) -> bool:
     if not lock.exists():
         return False
     with lock.open("r") as file:

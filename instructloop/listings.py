@@ -75,7 +75,7 @@ def version(version: "Version") -> list[str]:
         f"{version.name}: {version.state}",
         f"parent: {manifest.parent or '-'}",
         f"round: {'-' if manifest.round_id is None else manifest.round_id}",
-        f"made by: {manifest.kind}, {_when(manifest.created_at)}",
+        f"made by: {manifest.kind}, {when(manifest.created_at)}",
         f"directory: {version.path}",
     ]
     for task, kept in sorted(manifest.metrics.get(KEPT, {}).items()):
@@ -105,7 +105,7 @@ def rounds(rounds: "Rounds") -> Rows:
                 round_.state,
                 round_.stage or "-",
                 span,
-                _when(round_.started_at),
+                when(round_.started_at),
                 took,
                 round_.version or "-",
                 ", ".join(notes) or "-",
@@ -189,7 +189,7 @@ def forgettings(forgettings: "Forgettings") -> Rows:
                 str(one.id),
                 one.kind,
                 one.digest[:16],
-                _when(one.at),
+                when(one.at),
                 one.actor,
                 *counts,
                 ", ".join(left) or "-",
@@ -231,14 +231,14 @@ def cases(cases: "Sequence[Case]", last: "Mapping[str, CaseResult]") -> Rows:
         change = "removed" if case.removed_at is not None else result.change if result else "-"
         number = str(result.round_id) if result else "-"
         sent = f"{case.trainings} times" if case.trainings else "-"
-        rows.append((case.id, text(case.title), by, sent, change, number, _when(case.added_at)))
+        rows.append((case.id, text(case.title), by, sent, change, number, when(case.added_at)))
     return rows
 
 
 def rater_log(entries: "Sequence[RaterLogEntry]") -> Rows:
     """List what was done about raters, by whom and why."""
     rows: Rows = [("WHEN", "ACTION", "BY", "REASON")]
-    rows += [(_when(entry.at), entry.action, entry.actor, entry.reason or "-") for entry in entries]
+    rows += [(when(entry.at), entry.action, entry.actor, entry.reason or "-") for entry in entries]
     return rows
 
 
@@ -269,7 +269,7 @@ def gold(found: "Sequence[Gold]") -> Rows:
     for item in found:
         event = item.event
         rows.append(
-            (event.event_id, event.feedback.type, event.rater, _when(item.at), item.actor, item.reason or "-")
+            (event.event_id, event.feedback.type, event.rater, when(item.at), item.actor, item.reason or "-")
         )
     return rows
 
@@ -279,7 +279,7 @@ def keys(keys: "Keys") -> Rows:
     rows: Rows = [("ID", "ROLE", "NAME", "MADE", "ROTATED", "OLD SECRET UNTIL", "REVOKED")]
     for key in keys.list():
         times = (key.created_at, key.rotated_at, key.old_secret_until, key.revoked_at)
-        rows.append((key.id, key.role, key.name, *map(_when, times)))
+        rows.append((key.id, key.role, key.name, *map(when, times)))
     return rows
 
 
@@ -293,7 +293,8 @@ def audit(entries: "Sequence[AuditEntry]") -> Rows:
     return rows
 
 
-def _when(at: float | None) -> str:
+def when(at: float | None) -> str:
+    """Show a time (Unix seconds) to the minute, where this machine is; `-` for None."""
     return "-" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 

@@ -1,5 +1,6 @@
 """`instructloop cases …`: add, list, show and remove cases from the command line; what `fix` refuses."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from feedback.cases import Case, CaseResult, Cases, training_records
 from feedback.store import Store
 from instructloop import cli, installation
 from instructloop.config import load
+from instructloop.fix import trainer_is_at_work
 from registry.audit import AuditLog
 
 CHECK = ("--check", '{"kind":"mentions_any","words":["InstructLoop"]}')
@@ -110,3 +112,16 @@ def test_what_is_wrong_is_told_in_a_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"instructloop: {says}")
     assert Cases(store.engine).list() == []
+
+
+def test_no_trainer_is_started_beside_another_or_an_up_that_keeps_one(tmp_path: Path) -> None:
+    assert not trainer_is_at_work(tmp_path)
+    up = installation.DataLock.take(tmp_path)
+    assert trainer_is_at_work(tmp_path)
+    up.release()
+    assert not trainer_is_at_work(tmp_path)
+    (tmp_path / "rounds").mkdir()
+    with (tmp_path / "rounds" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert trainer_is_at_work(tmp_path)
+    assert not trainer_is_at_work(tmp_path)
