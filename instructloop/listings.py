@@ -56,7 +56,7 @@ def trial(found: Mapping[str, Any]) -> Rows:
     tried, decision = found["trial"], found["decision"]
     rows: Rows = [("VERSION", "STATE", "SHARE", "SINCE", "GOOD VOTES", "OF")]
     arms = (
-        (tried["version"], tried["mode"], f"{tried['share']:g}", _when(tried["since"]), "trial_votes"),
+        (tried["version"], tried["mode"], f"{tried['share']:g}", when(tried["since"]), "trial_votes"),
         (found["stable"], "serving", "-", "-", "stable_votes"),
     )
     for *cells, arm in arms:
@@ -148,7 +148,7 @@ def evaluations(found: "Sequence[Evaluation]") -> Rows:
                 str(one.id),
                 one.state,
                 f"{one.done / one.total:.0%}" if one.total else "-",
-                _when(one.started_at),
+                when(one.started_at),
                 _cut(", ".join(contestant.name for contestant in one.asked.contestants)),
                 _cut(one.asked.prompts),
                 one.requested_by,

@@ -25,7 +25,7 @@ from registry.proof import (
 
 _UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _PRIORITY = 5
-"""Niceness: below vLLM's steps and above training, which a busy machine may have, so that it gets its turn."""
+"""Niceness: behind vLLM's steps, before a trainer beside it, so that staging ends on a busy machine too."""
 
 
 class WeightStaging:
