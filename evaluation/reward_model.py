@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from registry.precision import matrix_dtype
+
 TokenIds = Sequence[int]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,8 +211,8 @@ def scores_and_spreads(
 
 
 def autocast() -> torch.autocast:
-    """Mixed precision as everywhere here: bfloat16 products over float32 weights."""
-    return torch.autocast(DEVICE.type, torch.bfloat16)
+    """Mixed precision as everywhere here: products in `matrix_dtype` over float32 weights."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=matrix_dtype() == "bfloat16")
 
 
 def last_hidden(trunk: nn.Module, rows: PackedRows) -> Tensor:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from evaluation.reward_model import DEVICE
+from registry.precision import matrix_dtype
 
 DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "dtype": "bfloat16",
     "enforce_eager": True,
     # vLLM 0.32 on a CPU dies when a request with a seed is prefilled in chunks (it rewinds the
     # generator's offset, which CPU generators have not).
@@ -94,7 +94,7 @@ class VllmSampler:
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
                 logprobs_mode="processed_logprobs",
                 worker_extension_cls="registry.worker.WorkerExtension",
-                **DEFAULT_ARGUMENTS | (vllm_arguments or {}),
+                **DEFAULT_ARGUMENTS | {"dtype": matrix_dtype()} | (vllm_arguments or {}),
             )
         if not self._in_process:
             self._llm.collective_rpc("end_with", args=(os.getpid(),))
@@ -161,10 +161,10 @@ class TransformersSampler:
         self.load(model_dir)
 
     def load(self, model_dir: Path) -> None:
-        """Read the model anew, in bfloat16 as vLLM does."""
+        """Read the model anew, in the number format that vLLM uses."""
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-        self._model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.bfloat16).to(DEVICE)
+        self._model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=matrix_dtype()).to(DEVICE)
         self._tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
 
     def sample(

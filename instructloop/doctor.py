@@ -106,8 +106,8 @@ def _processor() -> Iterator[Finding]:
     says = f"{cores} cores, {', '.join(known) or 'no AVX2'}"
     if processes.on_cpu() and "avx2" not in flags and os.uname().machine == "x86_64":
         yield Finding("missing", "processor", f"{says}: vLLM's CPU build needs AVX2")
-    elif processes.on_cpu() and "avx512_bf16" not in flags:
-        yield Finding("note", "processor", f"{says}: bf16 is emulated, so serving and training are slower")
+    elif processes.on_cpu() and "avx512f" not in flags:
+        yield Finding("note", "processor", f"{says}: no bf16, so matrices are multiplied in float32")
     else:
         yield Finding("ok", "processor", says)
 

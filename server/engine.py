@@ -29,6 +29,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from registry.precision import matrix_dtype
 from server.context import GENERATION, Generation
 from server.recorder import Recorder
 from server.recording import SAMPLING_FIELDS, Recording
@@ -329,7 +330,7 @@ def arguments(settings: ServerSettings, model_dir: Path) -> Namespace:
         # Bytes, because VLLM_CPU_KVCACHE_SPACE takes whole GiB only.
         options |= {
             "enforce_eager": True,
-            "dtype": "bfloat16",
+            "dtype": matrix_dtype(),
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
             # vLLM 0.32 on a CPU dies when a request with a seed is prefilled in chunks: it rewinds the
             # generator's offset, which CPU generators have not.

@@ -21,6 +21,7 @@ from trl.models import prepare_fsdp
 
 from evaluation.contest import Prompt
 from evaluation.reward_model import RewardModel, scores_and_spreads
+from registry.precision import matrix_dtype
 from training import processes
 from training.checkpoints import Checkpoints, KeepCheckpoints
 from training.dataset import Comparison, Side
@@ -297,7 +298,7 @@ def _arguments(task: Task, learning_rate: float) -> dict[str, Any]:
         "learning_rate": learning_rate,
         "lr_scheduler_type": "linear",
         "gradient_checkpointing": False,
-        "bf16": True,
+        "bf16": matrix_dtype() == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
         "report_to": [],

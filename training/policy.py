@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.reward_model import ATTENTION, DEVICE
+from registry.precision import matrix_dtype
 from training import processes, sharding
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
 def load_policy(directory: Path, device: torch.device = DEVICE) -> PreTrainedModel:
-    """Read a language model for training: float32 weights, which mixed precision multiplies as bfloat16."""
+    """Read a language model for training: float32 weights, which mixed precision may multiply as bfloat16."""
     return AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=torch.float32, attn_implementation=ATTENTION
     ).to(device)
@@ -51,14 +52,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def freeze(model: nn.Module) -> None:
-    """Make a model's weights constant, and its matrices bfloat16 as mixed precision would at every pass."""
+    """Make a model's weights constant, and its matrices what mixed precision makes them each pass."""
     model.requires_grad_(False)
     model.eval()
+    dtype = getattr(torch, matrix_dtype())
     for name, module in list(model.named_modules()):
         # An adapter's matrices stay as they are: they are the ones that learn.
         if isinstance(module, nn.Linear) and "lora_" not in name:
             # A new parameter: an output layer tied to the embeddings must leave those in float32.
-            module.weight = nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
 
 
 def without_adapter(model: Policy) -> AbstractContextManager[None]:
@@ -91,8 +93,8 @@ def merged_weights(model: Policy) -> Iterator[tuple[str, Tensor]]:
 def write_checkpoint(model: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a Hugging Face directory of bfloat16 weights, as versions and engines want it.
 
-    The weights are exactly those that mixed precision multiplies with in training (but for a LoRA adapter,
-    whose product is added in before rounding). Every process comes here, and the first one writes.
+    The weights are exactly those that bfloat16's mixed precision multiplies with in training (but for a LoRA
+    adapter, whose product is added in before rounding). Every process comes here, and the first one writes.
     """
     weights = {}
     for name, value in merged_weights(model):

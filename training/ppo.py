@@ -29,6 +29,7 @@ from trl.experimental.ppo.ppo_trainer import masked_whiten
 from evaluation.contest import Prompt
 from evaluation.reward_model import DEVICE, PackedRows, RewardModel, autocast, pack, rows_by_tokens
 from evaluation.sampler import Sample
+from registry.precision import matrix_dtype
 from training import processes, sharding
 from training.checkpoints import Checkpoints
 from training.critic import Critic
@@ -549,7 +550,7 @@ def _configuration(settings: TrainingSettings, work: Path) -> Any:
         kl_coef=settings.ppo_kl_coefficient,
         missing_eos_penalty=settings.ppo_missing_end_penalty,
         num_sample_generations=0,
-        bf16=True,
+        bf16=matrix_dtype() == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to=[],

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from evaluation.reward_model import DEVICE
+from registry.precision import matrix_dtype
 from training import processes
 from training.dataset import Demonstration
 from training.policy import Policy, load_policy
@@ -49,7 +50,7 @@ def fine_tune(
         warmup_steps=2,
         per_device_train_batch_size=max(1, 8 // processes.count()),
         gradient_checkpointing=False,
-        bf16=True,
+        bf16=matrix_dtype() == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=1,

@@ -151,7 +151,7 @@ def test_a_round_publishes_what_its_algorithm_made(tmp_path: Path, algorithm: st
     manifest = installation.registry.version(name).manifest
     assert manifest.kind == algorithm
     stages: Sequence[str] = list(manifest.details["stages"])
-    assert stages == ["dataset", "sft", "reward_model", "judge", "select", "ppo"]
+    assert stages == ["dataset", "sft", "reward_model", "judge", "select", "ppo", "checkpoints"]
     assert manifest.details["stages"]["ppo"]["algorithm"] == algorithm
     assert verdict["figures"]["comparisons"] > 0
     named = {metric.name for metric in installation.rounds.metrics(1) if metric.stage == "ppo"}
