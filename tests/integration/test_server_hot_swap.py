@@ -6,6 +6,7 @@ The tests run in order: each goes on from the version that the one before left i
 import asyncio
 import json
 import logging
+import re
 import signal
 import time
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_after_a_swap_the_server_is_what_a_cold_start_gives(
     assert alive == []
     served.start_part("serve")
     served.wait_until_ready()
-    assert f"{second}: 185 of 185 tensors" in served.log("serve")
+    # All are proven; how many there are depends on how vLLM packs layers on this processor.
+    assert re.search(rf"{second}: (\d+) of \1 tensors", served.log("serve"))
     assert greedy(served) == swapped
     # A start refuses to serve weights whose sums are not those known; here they are the swap's.
     assert engine_sums(served, second) == sums
