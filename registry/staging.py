@@ -24,8 +24,8 @@ from registry.proof import (
 )
 
 _UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
-_PRIORITY = 5
-"""Niceness: behind vLLM's steps, before a trainer beside it, so that staging ends on a busy machine too."""
+_NICENESS = 5
+"""How much the thread gives way to vLLM's; more would let a busy machine never come to it."""
 
 
 class WeightStaging:
@@ -62,7 +62,7 @@ class WeightStaging:
 
 
 class _Staged:
-    """A second set of a model's parameters and packed layers, filled by a thread of a lower priority."""
+    """A second set of a model's parameters and packed layers, filled by a thread of low priority."""
 
     def __init__(self, model: Any, directory: Path) -> None:
         self.result: dict[str, str] | str | None = None
@@ -90,8 +90,9 @@ class _Staged:
         import torch
 
         # Only this thread: vLLM has bound the worker to one core, and its steps must go first.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)
-        os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS)
+        os.sched_setaffinity(own, range(os.cpu_count() or 1))
         try:
             with torch.no_grad():
                 self.result = self._fill()
