@@ -259,7 +259,7 @@ def pauses(served: Installation) -> float:
 
 def refused(served: Installation, name: str, because: str) -> None:
     """Wait until the replica says that it could not load `name`, and still serves policy-0000."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         (replica,) = served.registry.replicas()
         if replica.state == "failed" and replica.desired == name:
