@@ -156,6 +156,8 @@ class _Supervisor:
         except (SupervisorProblem, OverflowError):
             port = _free_port(self._config.server.host, 0)
         own = {"INSTRUCTLOOP_SERVER__PORT": str(port), "INSTRUCTLOOP_SERVER__URL": ""}
+        # vLLM would bind its engine to the same core as the first replica's.
+        own |= {"VLLM_CPU_OMP_THREADS_BIND": self._environment.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")}
         return self._child(TRIAL, _ours("serve", "--track", "trial"), own)
 
     def _spawn_ours(self, name: str, *arguments: str) -> None:

@@ -114,7 +114,9 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     # A short path: Redis listens on a Unix socket below it.
-    found = Fleet(Installation(Path(tempfile.mkdtemp(prefix="il-fleet-")), free_port()))
+    # Otherwise vLLM would bind the engine of each replica to the same core.
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    found = Fleet(Installation(Path(tempfile.mkdtemp(prefix="il-fleet-")), free_port(), unbound))
     one = found.installation
     try:
         one.prepare(test_model())
