@@ -159,6 +159,16 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file.name} can't be read: {error}") from error
 
 
+def parts_of(fused: str) -> list[str]:
+    """Name the tensors of a checkpoint that an engine holds as the one named `fused`; none for another."""
+    return [
+        fused.replace(f".{layer}.", f".{part}.")
+        for layer, parts in _FUSED.items()
+        if f".{layer}." in fused
+        for part in parts
+    ]
+
+
 def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Each tensor of the checkpoint, a tied output layer, each fused layer; one in memory at a time."""
     import torch

@@ -20,10 +20,13 @@ from registry.proof import (
     input_width,
     is_packed,
     packed_digest,
+    parts_of,
     tensor_digest,
 )
 
 _UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_PASSED_OVER = ("rotary_emb.", "lm_head.")
+"""What vLLM leaves aside in a checkpoint; it refuses to start on other tensors that it has no place for."""
 _NICENESS = 5
 """How much the thread gives way to vLLM's; more would let a busy machine never come to it."""
 
@@ -46,7 +49,7 @@ class WeightStaging:
     def staged_fingerprint(self) -> dict[str, str] | str | None:
         """Return what `weight_fingerprint` will say of the staged weights; None while they are on their way.
 
-        A text says why they can't be staged: a tensor that is missing, of another shape or not finite.
+        A text says why they can't be staged: a tensor that is missing, unknown, misshapen or not finite.
         """
         assert self._staged is not None
         return self._staged.result
@@ -105,7 +108,10 @@ class _Staged:
         for name, module, own, parameter in held_tensors(self._model):
             wanted.setdefault(name, []).append((own, module, parameter))
         found: dict[str, str] = {}
+        places = wanted.keys() | {part for name in wanted for part in parts_of(name)}
         for name, tensor in checkpoint_tensors(self._directory):
+            if name not in places and not any(part in name for part in _PASSED_OVER):
+                raise ValueError(f"the model in service has no place for {name}")
             for own, module, parameter in wanted.pop(name, []):
                 found |= self._stage(name, tensor, module, own, parameter)
         if wanted:

@@ -123,8 +123,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         one.start_redis()
         one.start_part("ingest")
         one.start_part("serve")
-        one.start_replica("trial", found.trial_port, "--track", "trial")
         one.wait_until_ready()
+        one.start_replica("trial", found.trial_port, "--track", "trial")
         one.wait_until_ready("trial", found.trial_port)
         base = one.registry.version("policy-0000").path
         for seed in (1, 2):
@@ -214,8 +214,7 @@ def other_heads(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"num_attention_heads": 18}))
 
 
-def half_fails(directory: Path) -> None:
-    """A tensor that the engine has no place for, met when others are loaded already."""
+def unknown_tensor(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.29.self_attn.another.weight"] = tensors["model.norm.weight"].clone()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -231,7 +230,7 @@ def test_what_can_not_be_served_is_refused_with_its_reason_and_no_request_fails(
         (nan, "model.layers.7.mlp.up_proj.weight holds a NaN"),
         (truncated, "model.safetensors can't be read"),
         (other_heads, "num_attention_heads is 18, not 9"),
-        (half_fails, "another"),
+        (unknown_tensor, "no place for model.layers.29.self_attn.another.weight"),
     ]
     with load(fleet) as statuses:
         for spoil, because in broken:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from evaluation.reward_model import autocast
 from training import logprobs
 from training.logprobs import token_logprobs
 
@@ -24,7 +25,7 @@ def test_chunks_give_what_a_whole_log_softmax_does(
     found, entropies = token_logprobs(head, states, tokens, temperature)
     ours = torch.autograd.grad((found * weights).sum(), [states, head.weight])
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         logits = head(states)
     whole = (logits.float() / temperature).log_softmax(-1)
     slow = torch.stack([whole[i, token] for i, token in enumerate(tokens)])
