@@ -67,7 +67,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         normalisers, logprobs, entropies = [], [], []
         for rows in _chunks(logits):
-            scaled = logits[rows].float().div_(temperature)
+            scaled = logits[rows].to(torch.float32, copy=True).div_(temperature)
             normaliser = scaled.logsumexp(-1)
             logprobs.append(scaled.gather(1, tokens[rows, None]).squeeze(1) - normaliser)
             entropies.append(normaliser - torch.linalg.vecdot((scaled - normaliser[:, None]).exp_(), scaled))
@@ -83,7 +83,8 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
             scale = gradient[rows, None] / ctx.temperature
-            own = logits[rows].float().div_(ctx.temperature).sub_(normalisers[rows, None]).exp_().mul_(-scale)
+            own = logits[rows].to(torch.float32, copy=True).div_(ctx.temperature)
+            own.sub_(normalisers[rows, None]).exp_().mul_(-scale)
             result[rows] = own.scatter_add_(1, tokens[rows, None], scale)
         return result, None, None
 
