@@ -320,10 +320,12 @@ def test_two_stable_replicas_never_swap_at_once(fleet: Fleet) -> None:
     with load(fleet, *ports) as statuses:
         watching = threading.Thread(target=watch)
         watching.start()
-        fleet.registry.promote(fleet.versions[1], actor="test", reason="")
-        until(lambda: {fleet.replica(port).actual for port in ports} == {fleet.versions[1]}, "both swap")
-        done.set()
-        watching.join()
+        try:
+            fleet.registry.promote(fleet.versions[1], actor="test", reason="")
+            until(lambda: {fleet.replica(port).actual for port in ports} == {fleet.versions[1]}, "both swap")
+        finally:
+            done.set()
+            watching.join()
     assert Counter(statuses) == {200: len(statuses)}
     assert ("swapping", "swapping") not in seen, seen
     assert {("swapping", "serving"), ("serving", "swapping")} <= set(seen), seen
