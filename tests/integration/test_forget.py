@@ -243,8 +243,8 @@ def test_no_file_has_the_text_any_more_and_what_learned_is_told(place: Place, tm
 
     told = place.run("forget", "--rater", RITA)
     assert (
-        f"rater {RITA} is forgotten (number 1): 0 completions, 12 events, 1 dead letters, 20 in the queue"
-        in told
+        f"rater {RITA} is forgotten (number 1): 0 completions, 12 events, 0 cases, "
+        "1 dead letters, 20 in the queue" in told
     )
     assert "no version learned from it" in told
     assert f"  {tmp_path / 'exported'} (feedback, " in told
