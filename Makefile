@@ -70,32 +70,29 @@ bench-poison: .venv/.installed
 	@echo '==> poisoned votes with the defences off and on (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.poison
 
-# Some minutes on two cores.
 bench-canary: .venv/.installed
 	@echo '==> how often the canary rule errs while it looks after every vote, and how many votes it takes'
 	@$(RUN) tests.benchmarks.canary_errors
 
-# About ten minutes on two cores.
 bench-tax: .venv/.installed
 	@echo '==> HellaSwag and PIQA of the default model (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.tax
 
-# About a quarter of an hour on two cores. A language model instead: JUDGE="--url http://…/v1 --model NAME"
+# A language model instead: JUDGE="--url http://…/v1 --model NAME"
 JUDGE ?=
 bench-judges: .venv/.installed
 	@echo '==> how often judges agree with people (INSTRUCTLOOP_DATA, by default ../shared/data)'
 	@$(RUN) tests.benchmarks.judges $(JUDGE)
 
-# Some minutes on two cores, on which nothing else runs.
+# Nothing else may run meanwhile.
 bench-swap: .venv/.installed
 	@echo '==> ten swaps under load, beside a bare reload of weights'
 	@$(RUN) tests.benchmarks.swaps
 
-# Under ten minutes on two cores, on which nothing else runs.
+# Nothing else may run meanwhile.
 bench-serving: .venv/.installed
 	@echo '==> serving with everything on, beside a bare `vllm serve`'
 	@$(RUN) tests.benchmarks.serving
-
 
 # More and longer cases than the test has, each run other ones: about a quarter of an hour on two cores.
 fuzz-store: .venv/.installed

@@ -7,12 +7,14 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+_UNREADABLE = frozenset({400, 422})
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_ATTEMPTS = 8
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 60.0
 _LONGEST_MESSAGE = 300
@@ -22,12 +24,16 @@ class EndpointProblem(RuntimeError):  # noqa: N818
     """An endpoint refused, or did not answer however often it was asked; the message says which and why."""
 
 
+class RequestRefused(EndpointProblem):
+    """It can't take this very request, such as one that is too long; others it may."""
+
+
 class Endpoint:
     """The model `model` at the base URL `url` (which ends in /v1, as a rule).
 
     At most `concurrency` requests are under way at once. One that is refused for now (429, 5xx) or that fails
-    on the way is sent again, later each time, or when the endpoint says. `key` goes into a header and nowhere
-    else. `sleep` and `transport` are there for tests.
+    on the way is sent again, later each time, or when the endpoint says, `attempts` times in all. `key` goes
+    into a header and nowhere else. `sleep` and `transport` are there for tests.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class Endpoint:
         key: str | None = None,
         *,
         concurrency: int = 8,
+        attempts: int = 8,
         timeout_seconds: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
         transport: httpx.BaseTransport | None = None,
@@ -44,6 +51,7 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.model = model
         self._concurrency = concurrency
+        self._attempts = attempts
         self._sleep = sleep
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -53,12 +61,13 @@ class Endpoint:
         )
 
     def chat(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Post each body, `model` added, to /chat/completions; return the answers in order.
+        """Ask with each body; return the answers in order. Raises EndpointProblem."""
+        return self.each(self.ask, bodies)
 
-        Raises EndpointProblem.
-        """
+    def each(self, ask: Callable[[_Item], _Found], items: Sequence[_Item]) -> list[_Found]:
+        """Call `ask`, which asks this endpoint, on many items at a time; return in order what came of it."""
         with ThreadPoolExecutor(self._concurrency) as pool:
-            asked = [pool.submit(self._ask, body) for body in bodies]
+            asked = [pool.submit(ask, item) for item in items]
             try:
                 return [one.result() for one in asked]
             except BaseException:
@@ -69,9 +78,10 @@ class Endpoint:
         """Close the connections."""
         self._client.close()
 
-    def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Post a body, `model` added, to /chat/completions; return the answer. Raises EndpointProblem."""
         wait, problem = _FIRST_WAIT_SECONDS, ""
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(self._attempts):
             if attempt:
                 self._sleep(min(wait, _LONGEST_WAIT_SECONDS))
             wait = _FIRST_WAIT_SECONDS * 2**attempt * random.uniform(1.0, 1.5)  # not all at once again
@@ -86,10 +96,11 @@ class Endpoint:
                 return _answer(response, self.url)
             problem = f"{response.status_code}: {_reason(response)}"
             if response.status_code not in _AGAIN:
-                raise EndpointProblem(f"{self.url} refuses a request for {self.model} with {problem}")
+                kind = RequestRefused if response.status_code in _UNREADABLE else EndpointProblem
+                raise kind(f"{self.url} refuses a request for {self.model} with {problem}")
             wait = max(wait, _retry_after(response))
         raise EndpointProblem(
-            f"{self.url} has not answered a request for {self.model} in {_ATTEMPTS} attempts: {problem}"
+            f"{self.url} has not answered a request for {self.model} in {self._attempts} attempts: {problem}"
         )
 
 

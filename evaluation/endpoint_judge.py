@@ -1,22 +1,19 @@
 """A language model as the judge, at any OpenAI-compatible endpoint.
 
-Owns the questions by axis, how an answer is read, and the retries. Each pair is asked in both orders: a judge
-that prefers a place says the same letter twice, which counts as a tie (Zheng et al. 2023, arXiv 2306.05685).
+Owns the questions by axis and how an answer is read; asking is `evaluation.endpoint`'s affair. Each pair is
+asked in both orders: a judge that prefers a place says the same letter twice, which counts as a tie (Zheng
+et al. 2023, arXiv 2306.05685).
 """
 
-import json
-import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import httpx
-
+from evaluation.endpoint import Endpoint, RequestRefused, text_of
 from evaluation.judges import Pair
 
 AXES: Mapping[str, str] = {
@@ -75,13 +72,6 @@ _FORMS = (
     ),
     re.compile(r"(?i)\A\W*(?:answer\s+|assistant\s+)?(a|b|tie)\W*\Z"),
 )
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_UNREADABLE_REQUEST = frozenset({400, 422})
-_LONGEST_WAIT_SECONDS = 60.0
-
-
-class JudgeUnavailable(RuntimeError):  # noqa: N818
-    """The endpoint gives no verdicts; the message says what it answered. Nothing is lost by trying again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +121,8 @@ def combined(forth: Letter | None, back: Letter | None) -> float | None:
 class EndpointJudge:
     """A model that is asked over `POST {url}/chat/completions`; close it, or use it as a context manager.
 
-    `url` is the API's base, such as `http://127.0.0.1:8000/v1`. At most `concurrency` requests run at once. A
-    request is tried `attempts` times, with growing pauses, or as long as the endpoint asks for. Where the
-    endpoint refuses a JSON schema, it is asked without. `orders` tells how steady its verdicts were.
+    `url`, `concurrency` and `attempts` are as for `evaluation.endpoint`. Where the endpoint refuses
+    a JSON schema, it is asked without. `orders` tells how steady its verdicts were.
     """
 
     def __init__(
@@ -156,19 +145,17 @@ class EndpointJudge:
         self.axis = axis
         self.agreement = agreement
         self.orders = Orders()
-        self._model = model
-        self._concurrency = concurrency
-        self._attempts = attempts
         self._max_tokens = max_tokens
-        self._sleep = sleep
         self._structured = True
         self._lock = threading.Lock()
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(
-            base_url=url.rstrip("/") + "/",
-            headers=headers,
-            timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=concurrency),
+        self._endpoint = Endpoint(
+            url,
+            model,
+            api_key,
+            concurrency=concurrency,
+            attempts=attempts,
+            timeout_seconds=timeout_seconds,
+            sleep=sleep,
         )
 
     def __enter__(self) -> "EndpointJudge":
@@ -179,38 +166,40 @@ class EndpointJudge:
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._endpoint.close()
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """Ask about each pair in both orders. Raises JudgeUnavailable.
+        """Ask about each pair in both orders. Raises EndpointProblem.
 
         A single request that the endpoint can't take, such as a pair longer than its context, has no verdict.
         """
         asked = [turned for pair in pairs for turned in (pair, pair.swapped)]
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            answers = list(pool.map(self._ask, asked))
-        refusals = [answer for answer in answers if isinstance(answer, _Refused)]
+        answers = self._endpoint.each(self._ask, asked)
+        refusals = [answer for answer in answers if isinstance(answer, RequestRefused)]
         if refusals and len(refusals) == len(answers):
-            raise JudgeUnavailable(refusals[0].message)
-        letters = [None if isinstance(answer, _Refused) else read_verdict(answer) for answer in answers]
+            raise refusals[0]
+        letters = [None if isinstance(answer, RequestRefused) else read_verdict(answer) for answer in answers]
         both = list(zip(letters[::2], letters[1::2], strict=True))
         self._count(both)
         return [combined(forth, back) for forth, back in both]
 
-    def _ask(self, pair: Pair) -> "str | _Refused":
-        """Return what the model said about a pair in this order."""
+    def _ask(self, pair: Pair) -> str | RequestRefused:
+        """Return what the model said about a pair in this order, or why it was not asked about it."""
         structured = self._structured
-        answer = self._request(self._body(pair, structured))
-        if isinstance(answer, _Refused) and structured:
-            plain = self._request(self._body(pair, structured=False))
-            if not isinstance(plain, _Refused):
-                self._structured = False  # it was the schema that the endpoint does not take
-            return plain
-        return answer
+        try:
+            return text_of(self._endpoint.ask(self._body(pair, structured)))
+        except RequestRefused as refusal:
+            if not structured:
+                return refusal
+        try:
+            said = text_of(self._endpoint.ask(self._body(pair, structured=False)))
+        except RequestRefused as refusal:
+            return refusal
+        self._structured = False  # it was the schema that the endpoint does not take
+        return said
 
     def _body(self, pair: Pair, structured: bool) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "model": self._model,
             "messages": [
                 {"role": "system", "content": _SYSTEM},
                 {"role": "user", "content": _question(pair, AXES[self.axis])},
@@ -220,40 +209,11 @@ class EndpointJudge:
         }
         return body | {"response_format": _FORMAT} if structured else body
 
-    def _request(self, body: Mapping[str, Any]) -> "str | _Refused":
-        """Post until there is an answer, or a refusal of this very request. Raises JudgeUnavailable."""
-        problem = ""
-        for attempt in range(self._attempts):
-            wait: float | None = None
-            try:
-                response = self._client.post("chat/completions", json=body)
-            except httpx.TransportError as error:
-                problem = f"{self._client.base_url}: {error or type(error).__name__}"
-            else:
-                if response.is_success:
-                    return _content(response)
-                problem = f"{response.request.url} answered {response.status_code}: {response.text[:300]}"
-                if response.status_code in _UNREADABLE_REQUEST:
-                    return _Refused(problem)
-                if response.status_code not in _RETRIED:
-                    raise JudgeUnavailable(problem)
-                wait = _retry_after(response)
-            if attempt + 1 < self._attempts:
-                # Not all at the same moment: others were refused with this one.
-                pause = min(_LONGEST_WAIT_SECONDS, 0.5 * 2**attempt) * (1 + random.random())
-                self._sleep(pause if wait is None else min(_LONGEST_WAIT_SECONDS, wait))
-        raise JudgeUnavailable(f"{problem} (after {self._attempts} attempts)")
-
     def _count(self, both: Sequence[tuple[Letter | None, Letter | None]]) -> None:
         counts = Counter(_kind(forth, back) for forth, back in both)
         with self._lock:
             old = self.orders.figures()
             self.orders = Orders(**{name: old[name] + counts[name] for name in old})
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    message: str
 
 
 def _kind(forth: Letter | None, back: Letter | None) -> str:
@@ -273,20 +233,3 @@ def _question(pair: Pair, question: str) -> str:
         f"<conversation>\n{turns}\n</conversation>\n\n<answer A>\n{pair.first}\n</answer A>\n\n"
         f"<answer B>\n{pair.second}\n</answer B>\n\n{question}"
     )
-
-
-def _content(response: httpx.Response) -> str:
-    """Return the text of a chat completion; whatever else came holds no verdict."""
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that the endpoint asks to wait, if it says so in seconds."""
-    try:
-        return max(0.0, float(response.headers.get("retry-after", "")))
-    except ValueError:
-        return None

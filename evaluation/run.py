@@ -29,7 +29,7 @@ from evaluation.contestants import (
     VersionContestant,
 )
 from evaluation.endpoint import Endpoint, EndpointProblem
-from evaluation.endpoint_judge import EndpointJudge, JudgeUnavailable
+from evaluation.endpoint_judge import EndpointJudge
 from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
 from evaluation.few_shot import FEW_SHOT
 from evaluation.judges import ChatPrompt, ChecksJudge, Judge, Pair, RewardModelJudge
@@ -63,7 +63,6 @@ _EXPECTED = (
     CannotEvaluate,
     EndpointProblem,
     FileProblem,
-    JudgeUnavailable,
     UnknownVersion,
     UnsuitableRequest,
 )

@@ -27,8 +27,6 @@ _LOG = logging.getLogger(__name__)
 _ACTOR = "canary rule"
 _LOOK_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 60.0
-STALE_SECONDS = 30.0
-"""As in `server.swap`: a replica that is silent for so long is gone."""
 _DEFAULT_SHARE = 0.1
 
 
@@ -88,6 +86,7 @@ class Canary:
     def _decide(self, trial: "Trial") -> "Decision | None":
         from evaluation.canary import decide
         from feedback.trial_votes import trial_votes
+        from registry.registry import STALE_SECONDS
 
         desired = self._registry.desired()
         if desired is None or desired.name == trial.version:

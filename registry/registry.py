@@ -22,6 +22,7 @@ from registry.states import Action, Fleet, IllegalTransition, Mode, State, Trial
 from registry.tables import REPLICAS, VERSION_LOG
 
 __all__ = [
+    "STALE_SECONDS",
     "BrokenVersion",
     "Desired",
     "IllegalTransition",
@@ -38,6 +39,8 @@ __all__ = [
 Track = Literal["stable", "trial"]
 """What a replica follows: the stable version, or the one on trial."""
 
+STALE_SECONDS = 30.0
+"""A replica that has said nothing for so long is taken for gone."""
 _APPEND_ATTEMPTS = 20
 
 

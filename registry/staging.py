@@ -128,8 +128,8 @@ def _can_stage(model: Any, directory: Path) -> bool:
     if psutil.virtual_memory().available < 2 * needed:
         return False
     for _, module, own, parameter in held_tensors(model):
-        # vLLM's packed products are not made for two threads: when a thread packed and proved layers beside
-        # the model at work, its numbers were spoiled at random. They are reloaded during the pause.
+        # When a thread packed and proved layers beside the model at work, numbers were spoiled at random:
+        # most likely vLLM's packed products share memory. They are reloaded during the pause.
         if parameter.device.type != "cpu" or is_packed(module, own) or not parameter.numel():
             return False
     return True

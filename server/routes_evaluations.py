@@ -5,7 +5,7 @@ They write requests down and read; the trainer's process carries them out.
 
 from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -15,16 +15,15 @@ from starlette.responses import HTMLResponse, Response
 
 from registry.audit import AuditLog
 from registry.evaluation_request import EvaluationRequest, UnsuitableRequest, resolve
-from registry.evaluations import Evaluation, Evaluations, UnknownEvaluation
+from registry.evaluations import Evaluation, Evaluations
 from registry.registry import Registry
 from server.answers import EvaluationList, EvaluationRequested
 from server.body import parse_object
 from server.context import CALLER
 from server.errors import Problem, invalid_field
 from server.openapi import problems, takes
-from server.routes_operator import actor, page
+from server.routes_operator import actor, known, page
 
-Found = TypeVar("Found")
 EvaluationId = Annotated[int, PathParameter(ge=1, lt=2**31)]
 
 
@@ -93,11 +92,11 @@ class EvaluationRoutes:
 
     async def one(self, evaluation_id: EvaluationId) -> Evaluation:
         """Return one evaluation: how far it is, and its result or why it failed."""
-        return await _known(self._evaluations.get, evaluation_id)
+        return await known(self._evaluations.get, evaluation_id)
 
     async def report(self, evaluation_id: EvaluationId) -> Response:
         """Return the page about one evaluation, as far as it is."""
-        return page(await _known(self._report, evaluation_id))
+        return page(await known(self._report, evaluation_id))
 
     def _within_prompts(self, request: EvaluationRequest) -> EvaluationRequest:
         """Look a file up in the one directory that is for them: no other one is to be read for a request."""
@@ -108,10 +107,3 @@ class EvaluationRoutes:
         if not path.is_relative_to(root):
             raise UnsuitableRequest("prompts", f"a file's name below {root} is expected")
         return request.model_copy(update={"prompts": str(path)})
-
-
-async def _known(read: Callable[[int], Found], evaluation_id: int) -> Found:
-    try:
-        return await anyio.to_thread.run_sync(read, evaluation_id)
-    except UnknownEvaluation as error:
-        raise Problem(404, str(error)) from None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -15,7 +15,16 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from registry.audit import AuditLog
-from registry.registry import BrokenVersion, IllegalTransition, Registry, Replica, UnknownVersion, Version
+from registry.evaluations import UnknownEvaluation
+from registry.registry import (
+    STALE_SECONDS,
+    BrokenVersion,
+    IllegalTransition,
+    Registry,
+    Replica,
+    UnknownVersion,
+    Version,
+)
 from registry.rounds import Rounds, UnknownRound
 from server.answers import (
     Audit,
@@ -33,8 +42,8 @@ from server.body import parse_object
 from server.context import CALLER, Caller
 from server.errors import Problem
 from server.openapi import problems, takes
-from server.swap import STALE_SECONDS
 
+_Found = TypeVar("_Found")
 RoundId = Annotated[int, Path(ge=1, lt=2**31)]
 
 
@@ -216,11 +225,11 @@ def progress(replicas: list[Replica], name: str, *, now: float) -> Literal["serv
     return "served" if done and all(done) else "pending"
 
 
-async def known(function: Callable[..., Any], *arguments: Any) -> Any:
+async def known(function: Callable[..., _Found], *arguments: Any) -> _Found:
     """Ask the registry in a thread, speaking of what it refuses over HTTP."""
     try:
         return await anyio.to_thread.run_sync(function, *arguments)
-    except (UnknownVersion, UnknownRound) as error:
+    except (UnknownVersion, UnknownRound, UnknownEvaluation) as error:
         raise Problem(404, str(error)) from error
     except (IllegalTransition, BrokenVersion) as error:
         raise Problem(409, str(error)) from error

@@ -18,11 +18,10 @@ import httpx
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
-from registry.registry import Replica, Track, Trial
+from registry.registry import STALE_SECONDS, Replica, Track, Trial
 from server.context import end_user
 from server.identity import Errand, Identity
 from server.metrics import ServerMetrics
-from server.swap import STALE_SECONDS
 
 logger = logging.getLogger(__name__)
 

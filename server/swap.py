@@ -22,14 +22,12 @@ import anyio.to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry import proof
-from registry.registry import BrokenVersion, Desired, Registry, Replica, Version
+from registry.registry import STALE_SECONDS, BrokenVersion, Desired, Registry, Replica, Version
 from server.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 30.0
-"""A replica that has said nothing for so long is taken for gone."""
 
 _PROOF = "engine_sha256_"
 _PROBE = "engine_probe_"

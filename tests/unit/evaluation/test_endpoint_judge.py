@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from evaluation.endpoint import EndpointProblem
 from evaluation.endpoint_judge import (
     AXES,
     EndpointJudge,
-    JudgeUnavailable,
     Letter,
     Orders,
     combined,
@@ -158,7 +158,7 @@ def test_a_pair_that_is_too_long_has_no_verdict_and_the_others_have() -> None:
     with endpoint.running() as url, EndpointJudge(url, "m", concurrency=1) as judge:
         assert judge.compare([pair("good", "x" * 99), PAIRS[0]]) == [None, 1.0]
         assert "response_format" in endpoint.asked[-1], "it was not the schema"
-        with pytest.raises(JudgeUnavailable, match="400: too long"):
+        with pytest.raises(EndpointProblem, match="400: too long"):
             judge.compare([pair("good", "x" * 99)])
 
 
@@ -177,7 +177,7 @@ def test_what_passes_is_tried_again_as_the_endpoint_asks() -> None:
     ("reply", "message", "requests"),
     [
         ((401, {}, "no such key"), "401: no such key", 1),
-        ((503, {}, "overloaded"), r"503: overloaded \(after 3 attempts\)", 3),
+        ((503, {}, "overloaded"), "in 3 attempts: 503: overloaded", 3),
     ],
 )
 def test_an_endpoint_that_gives_no_verdicts_is_an_error_that_says_why(
@@ -187,7 +187,7 @@ def test_an_endpoint_that_gives_no_verdicts_is_an_error_that_says_why(
     with (
         endpoint.running() as url,
         EndpointJudge(url, "m", concurrency=1, attempts=3, sleep=lambda _: None) as judge,
-        pytest.raises(JudgeUnavailable, match=message),
+        pytest.raises(EndpointProblem, match=message),
     ):
         judge.compare(PAIRS[:1])
     assert len(endpoint.asked) >= requests
@@ -198,7 +198,7 @@ def test_no_endpoint_at_all_is_an_error() -> None:
         pass
     with (
         EndpointJudge(url, "m", attempts=2, sleep=lambda _: None) as judge,
-        pytest.raises(JudgeUnavailable, match="after 2 attempts"),
+        pytest.raises(EndpointProblem, match="in 2 attempts"),
     ):
         judge.compare(PAIRS)
 
