@@ -33,6 +33,7 @@ from evaluation.endpoint_judge import EndpointJudge
 from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
 from evaluation.few_shot import FEW_SHOT
 from evaluation.judges import ChatPrompt, ChecksJudge, Judge, Pair, RewardModelJudge
+from evaluation.people_judge import PeopleJudge
 from evaluation.prompts import FileProblem, held_out_chats, read_chats
 from evaluation.reward_model import RewardModel
 from evaluation.sampler import Sampler
@@ -41,6 +42,7 @@ from evaluation.tournament import Answers, Duel, figures
 from feedback.privacy import PrivacyFilter
 from feedback.store import Store
 from feedback.tombstones import Name
+from registry.arena import Arena
 from registry.evaluation_request import Contestant as ContestantChoice
 from registry.evaluation_request import EvaluationRequest, JudgeChoice, UnsuitableRequest, reward_model_of
 from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
@@ -174,6 +176,7 @@ class EvaluationRun:
         self._equipment = equipment
         self._files = EvaluationFiles(evaluation_directory(equipment.data_dir, evaluation.id))
         self._engine = SharedEngine(equipment.make_sampler)
+        self._arena = Arena(equipment.store.engine)
         self._endpoints: list[Endpoint | EndpointJudge] = []
         self._completion_ids: list[str] = []
 
@@ -252,6 +255,7 @@ class EvaluationRun:
 
     def _refuse_what_was_forgotten(self) -> None:
         if self._forgotten():
+            self._arena.withdraw_asking([one["messages"] for one in self._files.prompts() or ()])
             self._files.delete_texts()
             raise CannotEvaluate("a prompt that it asks was forgotten meanwhile: ask for it again")
 
@@ -322,6 +326,8 @@ class EvaluationRun:
             return ChecksJudge()
         if choice.kind == "endpoint":
             return self._endpoint_judge(choice)
+        if choice.kind == "people":
+            return PeopleJudge(self._arena, wanted=choice.votes, axis=choice.axis)
         serving = self._equipment.registry.desired()
         assert serving is not None
         prompt_tokens, response_tokens = self._equipment.reward_tokens
@@ -367,7 +373,10 @@ class EvaluationRun:
         for number, batch in _batches(matches):
             self._refuse_what_was_forgotten()
             asked = [match for own in batch for match in own]
-            found = self._files.verdicts(index, pair, number, partial(judge.compare, asked))
+            compare = partial(judge.compare, asked)
+            # People go on voting, so what they said so far is not kept.
+            lasting = not isinstance(judge, PeopleJudge)
+            found = self._files.verdicts(index, pair, number, compare) if lasting else compare()
             n = self._request.n
             verdicts += [found[i : i + n] for i in range(0, len(found), n)]
             progress.step(f"verdicts of {judge.name}", len(batch))

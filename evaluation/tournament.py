@@ -15,6 +15,7 @@ from evaluation.comparison import clustered_mean, win_rate
 from evaluation.contestants import Answer
 from evaluation.judges import ChatPrompt, ChecksJudge, Judge
 from evaluation.leaderboard import Match, bradley_terry, style_controlled, style_of
+from evaluation.people_judge import PeopleJudge
 from evaluation.settings import EvaluationSettings
 
 Answers = Sequence[Sequence[Answer]]
@@ -63,9 +64,7 @@ def figures(
                 "name": judge.name,
                 "axis": judge.axis,
                 "agreement": judge.agreement,
-                "statement": "A program, which does not err about what it checks."
-                if isinstance(judge, ChecksJudge)
-                else statement(judge.agreement),
+                "statement": _statement(judge),
             }
             for judge in judges
         ],
@@ -195,3 +194,12 @@ def _of_answers(
 def _share(values: Iterable[bool]) -> float:
     all_ = list(values)
     return sum(all_) / len(all_)
+
+
+def _statement(judge: Judge) -> str:
+    """Say how far a judge is to be believed."""
+    if isinstance(judge, ChecksJudge):
+        return "A program, which does not err about what it checks."
+    if isinstance(judge, PeopleJudge):
+        return "People, who did not know whose answers they compared."
+    return statement(judge.agreement)

@@ -52,15 +52,20 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="JUDGE",
-        help="reward-model[:ROUND], checks, or [AXIS=]URL#MODEL[#KEY_VARIABLE]; may be repeated (default: "
-        "the prompts' checks, and the last round's reward model)",
+        help="reward-model[:ROUND], checks, [AXIS=]URL#MODEL[#KEY_VARIABLE], or [AXIS=]people[:VOTES] in the "
+        "arena; may be repeated (default: the prompts' checks, and the last round's reward model)",
     )
     for name, kind, text in _SAMPLING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     parser.add_argument("--output", type=Path, help="the report (default: evaluation-NNNN.html)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--later", action="store_true", help="let the trainer carry it out, between rounds")
-    how.add_argument("--resume", type=int, metavar="N", help="go on with evaluation N, which was stopped")
+    how.add_argument(
+        "--resume",
+        type=int,
+        metavar="N",
+        help="go on with evaluation N, which was stopped, or count people's votes anew",
+    )
 
 
 def add_listing_to(parser: argparse.ArgumentParser) -> None:

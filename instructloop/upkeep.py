@@ -114,7 +114,7 @@ class Upkeep:
                 self._samples(round_.id).delete()
         for evaluation in Evaluations(self._engine).list(limit=1_000_000):
             if evaluation.ended_at is not None and evaluation.ended_at < before:
-                self._evaluation(evaluation.id).delete_texts()
+                self._delete_texts(self._evaluation(evaluation.id))
         if count:
             _LOG.info("%d completions and dead letters were past %g days and are deleted", count, days)
             if time.monotonic() >= self._compact_at:
@@ -156,7 +156,7 @@ class Upkeep:
         for evaluation in Evaluations(self._engine).list(limit=1_000_000):
             files = self._evaluation(evaluation.id)
             if self._forgettings.among([("completion", id) for id in files.completion_ids()]):
-                files.delete_texts()
+                self._delete_texts(files)
         for forgetting in forgettings:
             for number in lineage.over(self._forgettings.positions(forgetting.id)):
                 self._samples(number).delete()
@@ -187,6 +187,11 @@ class Upkeep:
 
     def _evaluation(self, number: int) -> EvaluationFiles:
         return EvaluationFiles(evaluation_directory(self._config.data_dir, number))
+
+    def _delete_texts(self, files: EvaluationFiles) -> None:
+        """Delete what an evaluation asks and was answered, where people are asked about it too."""
+        self._arena.withdraw_asking([one["messages"] for one in files.prompts() or ()])
+        files.delete_texts()
 
     def _compact(self) -> None:
         compact(self._engine, METADATA.tables)

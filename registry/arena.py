@@ -184,6 +184,15 @@ class Arena:
                 connection.execute(sa.delete(ARENA_VOTES).where(ARENA_VOTES.c.pair_id.in_(chunk)))
                 connection.execute(sa.delete(ARENA_PAIRS).where(ARENA_PAIRS.c.id.in_(chunk)))
 
+    def withdraw_asking(self, prompts: Sequence[Sequence[Mapping[str, str]]]) -> None:
+        """Delete the pairs of answers to any of these prompts (messages each) and the votes on them."""
+        asked = {_canonical(messages) for messages in prompts}
+        if not asked:
+            return
+        with self._reader.connect() as connection:
+            rows = connection.execute(sa.select(ARENA_PAIRS.c.id, ARENA_PAIRS.c.messages)).all()
+        self.withdraw([row.id for row in rows if _canonical(row.messages) in asked])
+
     def forget(self, is_forgotten: Callable[[str], bool]) -> int:
         """Delete the votes of every rater whose id `is_forgotten` knows; return how many went."""
         with self._engine.begin() as connection:
@@ -197,7 +206,7 @@ class Arena:
         return {
             "id": pair.id,
             "axis": pair.axis,
-            "messages": [{key: _storable(value) for key, value in m.items()} for m in pair.messages],
+            "messages": _storable_messages(pair.messages),
             "first": _storable(pair.first),
             "second": _storable(pair.second),
             "seed": secrets.token_hex(16),
@@ -239,6 +248,14 @@ def _swapped(seed: str, rater: str) -> bool:
 def _storable(text: str) -> str:
     """Return the text without what a database can't hold: NUL, and halves of surrogate pairs."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def _storable_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    return [{key: _storable(value) for key, value in message.items()} for message in messages]
+
+
+def _canonical(messages: Sequence[Mapping[str, str]]) -> str:
+    return json.dumps(_storable_messages(messages), sort_keys=True)
 
 
 def _chunks(ids: Sequence[str]) -> list[Sequence[str]]:

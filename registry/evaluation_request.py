@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from registry.registry import Registry, UnknownVersion
 
 Axis = Literal["overall", "helpful", "honest", "harmless", "attempts", "constraints", "truthful"]
-JudgeKind = Literal["reward-model", "checks", "endpoint"]
+JudgeKind = Literal["reward-model", "checks", "endpoint", "people"]
 
 HELD_OUT = "held-out"
 """In the place of a prompt file: the store's prompts that no round trains on."""
@@ -93,13 +93,15 @@ class JudgeChoice(_Asked):
     """Who judges: `kind` and what it takes.
 
     `reward-model` is that of a `round`'s held-out side, on which no policy was trained. `checks` are the
-    prompts' own. `endpoint` is a language model, asked by one `axis`. As text: `reward-model`,
-    `reward-model:3`, `checks`, `URL#MODEL` or `URL#MODEL#VARIABLE`, and with an axis `helpful=URL#MODEL`.
+    prompts' own. `endpoint` is a language model, asked by one `axis`, and `people` are those in the arena, by
+    the majority of so many `votes`. As text: `reward-model`, `reward-model:3`, `checks`, `URL#MODEL` or
+    `URL#MODEL#VARIABLE`, `people` or `people:3`, and the last two with an axis as in `helpful=URL#MODEL`.
     """
 
     kind: JudgeKind
     round: int | None = Field(None, ge=1, lt=2**31, description="Whose reward model; unset: the last one's")
-    axis: Axis = Field("overall", description="By what an endpoint judges")
+    axis: Axis = Field("overall", description="By what an endpoint or people judge")
+    votes: int = Field(1, ge=1, le=100, description="How many people are asked about a pair")
 
     @model_validator(mode="after")
     def _fits(self) -> "JudgeChoice":
@@ -107,8 +109,10 @@ class JudgeChoice(_Asked):
             raise ValueError("url and model are for the kind endpoint, and it needs them")
         if self.round is not None and self.kind != "reward-model":
             raise ValueError("round is for the kind reward-model")
-        if self.axis != "overall" and self.kind != "endpoint":
-            raise ValueError("axis is for the kind endpoint")
+        if self.axis != "overall" and self.kind not in ("endpoint", "people"):
+            raise ValueError("axis is for the kinds endpoint and people")
+        if self.votes != 1 and self.kind != "people":
+            raise ValueError("votes is for the kind people")
         return self
 
 
@@ -135,10 +139,15 @@ def _judge(value: Any) -> Any:
         if "://" in axis or not separator:
             axis, endpoint = "overall", value
         return {"kind": "endpoint", "axis": axis, **_endpoint(endpoint)}
-    kind, colon, number = value.partition(":")
-    if kind not in ("reward-model", "checks"):
-        raise ValueError(f"{value!r} is none of reward-model, reward-model:ROUND, checks, URL#MODEL")
-    return {"kind": kind, **({"round": number} if colon else {})}
+    name, colon, number = value.partition(":")
+    axis, _, kind = name.rpartition("=")
+    if kind == "people":
+        return {"kind": kind, **({"axis": axis} if axis else {}), **({"votes": number} if colon else {})}
+    if name not in ("reward-model", "checks"):
+        raise ValueError(
+            f"{value!r} is none of reward-model, reward-model:ROUND, checks, URL#MODEL, people, people:VOTES"
+        )
+    return {"kind": name, **({"round": number} if colon else {})}
 
 
 class EvaluationRequest(BaseModel):
@@ -175,6 +184,11 @@ class EvaluationRequest(BaseModel):
         if doubled := [judge for judge in self.judges if self.judges.count(judge) > 1]:
             raise ValueError(f"judges: {doubled[0].kind} is there twice")
         return self
+
+    @property
+    def by_people(self) -> bool:
+        """Whether people in the arena are among the judges."""
+        return any(judge.kind == "people" for judge in self.judges)
 
     @property
     def files(self) -> bool:

@@ -98,16 +98,19 @@ class Evaluations:
     def begin(self, evaluation_id: int) -> Evaluation:
         """Note that it is carried out from now on.
 
-        Raises UnknownEvaluation, and EvaluationConflict if it has ended.
+        One that is done is begun again if people judge: they may have voted since. Raises UnknownEvaluation,
+        and EvaluationConflict if it has ended.
         """
         table = EVALUATIONS
         with self._engine.begin() as connection:
             before = self._get(connection, evaluation_id)
-            self._require(before, "requested", "running")
+            again = before.state == "done" and before.asked.by_people
+            if not again:
+                self._require(before, "requested", "running")
             change = {
                 "state": "running",
                 "started_at": before.started_at or time.time(),
-                "attempts": before.attempts + 1,
+                "attempts": 1 if again else before.attempts + 1,
             }
             connection.execute(sa.update(table).where(table.c.id == evaluation_id).values(**change))
             return self._get(connection, evaluation_id)
@@ -122,14 +125,18 @@ class Evaluations:
     def finish(
         self, evaluation_id: int, result: Mapping[str, Any] | None = None, error: str | None = None
     ) -> None:
-        """End it with what came of it, or with why it failed; raises EvaluationConflict if it has ended."""
+        """End it with what came of it, or with why it failed; raises EvaluationConflict if it has ended.
+
+        What came of it before stays where it was begun again and failed.
+        """
         table = EVALUATIONS
-        change = {
+        change: dict[str, Any] = {
             "state": "done" if error is None else "failed",
-            "result": None if result is None else dict(result),
             "error": error,
             "ended_at": time.time(),
         }
+        if result is not None:
+            change["result"] = dict(result)
         with self._engine.begin() as connection:
             self._require(self._get(connection, evaluation_id), "requested", "running")
             connection.execute(sa.update(table).where(table.c.id == evaluation_id).values(**change))

@@ -16,7 +16,8 @@ from evaluation.evaluation_report import evaluation_report
 from evaluation.reward_model import RewardModel
 from evaluation.run import EvaluationBusy
 from feedback.forgetting import Forgettings
-from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
+from registry.arena import Arena
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, EvaluationConflict, Evaluations
 
 PROMPTS = 34
 
@@ -226,3 +227,41 @@ def test_only_one_is_carried_out_at_a_time(installation: Installation, tmp_path:
     assert tried == [None]
     assert Evaluations(installation.engine).get(second).state == "requested"
     assert evaluator(installation).needed() == ({"policy-0000", "policy-0001"}, set())
+
+
+def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_again(
+    installation: Installation, tmp_path: Path
+) -> None:
+    arena, prompts = Arena(installation.engine), prompt_file(tmp_path, 4)
+    number = ask(installation, prompts=prompts, n=1, judges=["honest=people:2", "checks"])
+    asked = carried_out(installation, number)
+    assert asked.state == "done", asked.error
+    assert asked.result is not None
+    people = asked.result["tables"][0]
+    assert (people["name"], people["axis"]) == ("people on honest", "honest")
+    before = people["pairs"][0]["verdicts"]
+    # Whoever is asked likes what the first contestant said, and does not see who it was.
+    liked = {row[0]["text"] for row in files_of(installation, number).answers_so_far(0, 0)}
+    voted = 0
+    for rater in ("k/ann", "k/ben"):
+        while (pair := arena.next_pair(rater)) is not None:
+            assert pair.axis == "honest"
+            arena.vote(pair.id, rater, "first" if pair.first in liked else "second")
+            voted += 1
+    assert voted > 0
+
+    def no_engine(_: Path) -> TransformersSampler:
+        raise AssertionError("nobody answers anew")
+
+    again = carried_out(installation, number, make_sampler=no_engine)
+    assert again.state == "done", again.error
+    assert again.result is not None
+    counted = again.result["tables"][0]["pairs"][0]
+    assert counted["verdicts"] == before + voted / 2 == 4
+    assert counted["win_rate"]["estimate"] > 0.5
+    arena.withdraw_asking([one["messages"] for one in files_of(installation, number).prompts() or ()])
+    assert arena.next_pair("k/cat") is None
+    without = ask(installation, prompts=prompts)
+    carried_out(installation, without)
+    with pytest.raises(EvaluationConflict):
+        carried_out(installation, without)
