@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.checks import BadCheck, all_satisfied, degenerate, satisfied, validate
-from feedback.cases import BadCase, Case, CaseResult
+from feedback.cases import Case, CaseResult
+from feedback.new_case import BadCase
 from registry.registry import Version
 
 if TYPE_CHECKING:

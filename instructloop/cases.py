@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from feedback.cases import Case, CaseResult, NewCase
+    from feedback.cases import Case, CaseResult
+    from feedback.new_case import NewCase
     from instructloop.config import Config
 
 Command = Callable[[argparse.Namespace], int]
@@ -78,7 +79,7 @@ def new_case(arguments: argparse.Namespace, *, train: bool) -> "NewCase":
     """Read a case from the options; raises BadCase, naming the option at fault."""
     from pydantic import ValidationError
 
-    from feedback.cases import BadCase, NewCase
+    from feedback.new_case import BadCase, NewCase
 
     messages: Any = None
     if arguments.prompt is not None:
@@ -241,7 +242,7 @@ def _described(case: "Case", results: "Sequence[CaseResult]") -> dict[str, Any]:
 
 
 def _check(number: int, text: str) -> dict[str, Any]:
-    from feedback.cases import BadCase
+    from feedback.new_case import BadCase
 
     try:
         found = json.loads(text)

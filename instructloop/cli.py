@@ -39,7 +39,7 @@ _EXPECTED = (
     ("evaluation.report", "ReportProblem"),
     ("evaluation.tax", "TaxProblem"),
     ("evaluation.run", "EvaluationBusy"),
-    ("feedback.cases", "BadCase"),
+    ("feedback.new_case", "BadCase"),
     ("feedback.cases", "UnknownCase"),
     ("feedback.dead_letters", "StillBroken"),
     ("feedback.dead_letters", "UnknownLetter"),

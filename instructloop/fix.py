@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30.0
-_REPLICA_SECONDS = 30.0
-"""A replica that has said nothing for so long is not waited for."""
 _ANSWER_SECONDS = 300.0
 
 
@@ -47,7 +45,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def fix(arguments: argparse.Namespace) -> int:
     """Fix a case; exit code 1 where it is not fixed, with the reason."""
-    from feedback.cases import BadCase
+    from feedback.new_case import BadCase
     from instructloop import config as configuration
 
     config = configuration.load(arguments.config)
@@ -66,7 +64,8 @@ def fix(arguments: argparse.Namespace) -> int:
 
 def _case(config: "Config", arguments: argparse.Namespace) -> "Case":
     from evaluation.cases import check_case
-    from feedback.cases import BadCase, Cases
+    from feedback.cases import Cases
+    from feedback.new_case import BadCase
     from instructloop import installation
     from registry.audit import AuditLog
 
@@ -228,12 +227,14 @@ class _Way:
 
     def _served(self, version: str) -> "Replica":
         """Wait until a replica serves the version; raises NotFixed where that can't come."""
+        from registry.registry import STALE_SECONDS
+
         began = time.monotonic()
         while True:
             live = [
                 one
                 for one in self._registry.replicas()
-                if one.state != "stopped" and time.time() - one.seen_at < _REPLICA_SECONDS
+                if one.state != "stopped" and time.time() - one.seen_at < STALE_SECONDS
             ]
             for one in live:
                 if one.actual == version and one.state == "serving":

@@ -10,18 +10,8 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 
-from feedback.cases import (
-    BadCase,
-    Case,
-    CaseQueue,
-    CaseResult,
-    Cases,
-    NewCase,
-    UnknownCase,
-    UnknownOrigin,
-    Validate,
-    send,
-)
+from feedback.cases import Case, CaseQueue, CaseResult, Cases, UnknownCase, Validate, send
+from feedback.new_case import BadCase, NewCase, UnknownOrigin
 from feedback.queue import QueueUnavailable
 from feedback.store import Store
 from registry.audit import AuditLog

@@ -10,19 +10,10 @@ from sqlalchemy.engine import Engine
 
 from evaluation.cases import check_case
 from feedback import tables
-from feedback.cases import (
-    RATER,
-    BadCase,
-    Case,
-    CaseResult,
-    Cases,
-    NewCase,
-    UnknownCase,
-    UnknownOrigin,
-    training_records,
-)
+from feedback.cases import RATER, Case, CaseResult, Cases, UnknownCase, training_records
 from feedback.events import Demonstration, Ranking
 from feedback.forgetting import Forgettings
+from feedback.new_case import BadCase, NewCase, UnknownOrigin
 from feedback.store import Store
 
 SECRET = "xyzzy-plugh"

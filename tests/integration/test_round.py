@@ -19,7 +19,8 @@ from unit.training.tiny import TransformersSampler, tiny_model, tiny_tokenizer
 
 from evaluation.cases import check_case
 from evaluation.settings import EvaluationSettings
-from feedback.cases import Case, Cases, NewCase, training_records
+from feedback.cases import Case, Cases, training_records
+from feedback.new_case import NewCase
 from feedback.records import Completion, prompt_hash
 from instructloop import parts
 from instructloop.config import Config

@@ -12,7 +12,8 @@ from evaluation.cases import CaseChanges, CaseTest, Score, changes, check_case
 from evaluation.gate import Comparison, decide, gather, in_words
 from evaluation.sampler import Sample
 from evaluation.settings import EvaluationSettings
-from feedback.cases import BadCase, Case, CaseResult
+from feedback.cases import Case, CaseResult
+from feedback.new_case import BadCase
 
 SHORT = [{"kind": "max_words", "n": 3}]
 

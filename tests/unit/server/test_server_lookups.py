@@ -36,7 +36,7 @@ async def test_reads_that_hang_are_given_up_and_take_few_threads(
 ) -> None:
     monkeypatch.setattr("server.lookups.LONGEST_SECONDS", 0.3)
     go = threading.Event()
-    monkeypatch.setattr(bench.store, "event", lambda event_id: go.wait(10))
+    monkeypatch.setattr("feedback.store.Store.event", lambda store, event_id: go.wait(10))
     before = threading.active_count()
     try:
         async with bench.http("client") as http:

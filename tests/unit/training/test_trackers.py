@@ -69,7 +69,13 @@ def test_a_tracker_gets_exactly_what_the_store_gets(
     tracked = {(step, name): value for step, logs in run.logged for name, value in logs.items()}
     stored = {(m.step, f"{m.stage}/{m.name}"): m.value for m in installation.rounds.metrics(1)}
     assert tracked == stored
-    assert {name.split("/")[0] for _, name in tracked} == {"sft", "reward_model", "judge", "ppo"}
+    assert {name.split("/")[0] for _, name in tracked} == {
+        "sft",
+        "reward_model",
+        "judge",
+        "ppo",
+        "checkpoints",
+    }
 
 
 def test_a_tracker_that_breaks_is_left_out_and_the_round_goes_on(
