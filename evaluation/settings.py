@@ -61,6 +61,13 @@ class EvaluationSettings(BaseModel):
         0, ge=0, description="How many cases that pass on the version in service may fail on a candidate."
     )
     case_tokens: int = Field(256, ge=1, description="The longest answer to a case, in tokens.")
+    canary_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The share of end users who get a candidate that passes first, as a canary that their "
+        "votes promote or roll back; 0 promotes it at once.",
+    )
     report_only: list[ConditionName] = Field(
         default_factory=list,
         description="Conditions of the gate that are reported but refuse no candidate.",

@@ -291,7 +291,8 @@ async def _wait_for_swap(server: Server, finished: dict[str, Any], before: str) 
             return str(wanted)
         if time.monotonic() > deadline:
             raise DemoProblem(
-                f"{wanted} was promoted but is not served after {_SWAP_SECONDS:.0f} s: {replicas}"
+                f"{wanted} passed the gate but does not serve everybody after {_SWAP_SECONDS:.0f} s (with "
+                f"evaluation.canary_share it is a canary first): {replicas}"
             )
         await asyncio.sleep(0.5)
 

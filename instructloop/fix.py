@@ -237,14 +237,19 @@ class _Way:
                 if one.state != "stopped" and time.time() - one.seen_at < STALE_SECONDS
             ]
             for one in live:
-                if one.actual == version and one.state == "serving":
+                if one.actual == version and one.state == "serving" and one.track == "stable":
                     swap = "" if one.last_swap_seconds is None else f", swap {one.last_swap_seconds:.1f} s"
                     self._tell("serving", f"{version} on {one.id}{swap}")
                     return one
                 if one.state == "failed" and one.desired == version:
                     raise NotFixed(f"{version} passes the case, but {one.id} can't load it: {one.detail}")
-            desired = self._registry.desired()
-            if desired is None or desired.name != version:
+            desired, trial = self._registry.desired(), self._registry.trial()
+            if trial is not None and trial.version == version:
+                self._tell(
+                    "on trial",
+                    f"{version} as a {trial.mode} ({trial.share:g}), until its users' votes decide",
+                )
+            elif desired is None or desired.name != version:
                 wanted = desired.name if desired else "none"
                 raise NotFixed(f"{version} passes the case, but {wanted} is to serve since")
             if not live and time.monotonic() - began > _PATIENCE_SECONDS:

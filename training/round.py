@@ -8,6 +8,7 @@ a round is due is `training/trainer.py`'s.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from feedback.store import ResponseScore, Slice, Store
 from feedback.tombstones import digest
 from registry.registry import Registry, Version
 from registry.rounds import Round, Rounds
+from registry.states import IllegalTransition
 from training import processes
 from training.algorithms import Task, train
 from training.checkpoints import Checkpoints, Watching, choose
@@ -48,6 +50,8 @@ from training.rollouts import Rollouts
 from training.samples import SampleLog
 from training.settings import TrainingSettings
 from training.sft import checkpoint_epochs, fine_tune
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("dataset", "sft", "reward_model", "judge", "select", "ppo", "checkpoints", "publish", "gate")
 MODELS = ("reward_model", "judge")
@@ -439,10 +443,16 @@ class RoundRun:
         if self._round.repeat_of is not None or self._registry.version(version).state != "candidate":
             return
         actor, reason = f"round {self._round.id}", " ".join(verdict["reasons"])
-        if verdict["promote"]:
+        share = self._evaluation.canary_share
+        if not verdict["promote"]:
+            self._registry.reject(version, actor=actor, reason=reason)
+        elif share == 0:
             self._registry.promote(version, actor=actor, reason=reason)
         else:
-            self._registry.reject(version, actor=actor, reason=reason)
+            try:
+                self._registry.canary(version, share, actor=actor, reason=reason)
+            except IllegalTransition as problem:
+                logger.warning("%s passed the gate and stays a candidate: %s", version, problem)
 
     # -- what the stages share
 

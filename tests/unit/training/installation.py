@@ -56,11 +56,12 @@ class Installation:
         self.registry = Registry(self.engine, directory / "versions")
 
     def trainer(self, **training: Any) -> Trainer:
-        """A trainer in this process; `training` changes its settings, `make_sampler` its engine."""
+        """A trainer in this process; `training` and `evaluation` are settings, `make_sampler` its engine."""
+        evaluation = training.pop("evaluation", {})
         make_sampler = training.pop("make_sampler", lambda model_dir, _: TransformersSampler(model_dir))
         return Trainer(
             settings=TrainingSettings(**TRAINING | training),
-            evaluation=EvaluationSettings(**EVALUATION),
+            evaluation=EvaluationSettings(**EVALUATION | evaluation),
             store=self.store,
             registry=self.registry,
             rounds=self.rounds,

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from unit.training.installation import EVALUATION, EVENTS, TRAINING, Installatio
 
 from evaluation.overoptimisation import Point
 from evaluation.sampler import Sampler
-from evaluation.settings import EvaluationSettings
+from evaluation.settings import ConditionName, EvaluationSettings
+from registry.registry import Desired
 from registry.round_record import differences, read_record, same_weights
 from registry.rounds import UnknownRound
 from training.checkpoints import Watching, choose
@@ -46,6 +47,32 @@ def kept(installation: Installation, number: int) -> set[str]:
 
 
 RESULTS = {f"{stage}.json" for stage in STAGES} | {SAMPLES}
+
+
+def test_a_candidate_that_passes_is_a_canary_first_where_the_settings_say_so(
+    installation: Installation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is on trial at a time: the next that passes stays a candidate, for an operator to decide."""
+    registry, lenient = installation.registry, {"report_only": list(get_args(ConditionName))}
+    trainer = installation.trainer(**QUICK, evaluation={**lenient, "canary_share": 0.25})
+    first = trainer.run_once()
+    assert first is not None
+    assert (first.state, first.error) == ("done", None)
+    assert registry.desired() == Desired("policy-0000", 2)
+    trial = registry.trial()
+    assert trial is not None
+    assert (trial.version, trial.mode, trial.share) == (first.version, "canary", 0.25)
+    assert registry.log()[-1].actor == "round 1"
+
+    installation.give_feedback(seed=2)
+    second = trainer.run_once()
+    assert second is not None
+    assert second.version is not None
+    assert registry.trial() == trial
+    assert registry.version(second.version).state == "candidate"
+    assert (
+        f"{second.version} passed the gate and stays a candidate: {first.version} is on trial" in caplog.text
+    )
 
 
 def test_a_repeat_gives_the_same_weights_and_moves_nothing(installation: Installation) -> None:
