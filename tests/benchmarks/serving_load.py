@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
+from registry.precision import matrix_dtype
 from tests.integration.server_fixture import Installation, free_port, test_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def engine_words() -> list[str]:
     return [
         *("--max-model-len", str(MAX_MODEL_LEN)),
         *("--kv-cache-memory-bytes", str(int(KV_CACHE_GIB * 2**30))),
-        *("--dtype", "bfloat16"),
+        *("--dtype", matrix_dtype()),
         *("--max-num-batched-tokens", "8192"),
         "--enforce-eager",
         "--no-enable-chunked-prefill",

@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from registry.precision import matrix_dtype
 from tests.benchmarks.serving_load import (
     KV_CACHE_GIB,
     MAX_MODEL_LEN,
@@ -161,7 +162,7 @@ async def reloads(first: Path, second: Path) -> list[float]:
             model=str(first),
             max_model_len=MAX_MODEL_LEN,
             kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
-            dtype="bfloat16",
+            dtype=matrix_dtype(),
             enforce_eager=True,
             enable_chunked_prefill=False,
             max_num_batched_tokens=8192,
