@@ -41,8 +41,8 @@ def evaluation_report(evaluation: Evaluation, files: EvaluationFiles) -> Report:
 def _summary(evaluation: Evaluation) -> str:
     names = [contestant.name for contestant in evaluation.asked.contestants]
     text = f"{', '.join(names[:-1])} and {names[-1]}. It is {evaluation.state}"
-    if evaluation.state == "running" and evaluation.total:
-        text += f": {evaluation.step}, {evaluation.done / evaluation.total:.0%} of all"
+    if evaluation.state in ("running", "cancelled") and evaluation.total:
+        text += f" at {evaluation.step}, {evaluation.done / evaluation.total:.0%} of all"
     if evaluation.result is not None:
         text += f", on {evaluation.result['prompts']} prompts"
     return text + "."

@@ -45,7 +45,7 @@ from feedback.tombstones import Name
 from registry.arena import Arena
 from registry.evaluation_request import Contestant as ContestantChoice
 from registry.evaluation_request import EvaluationRequest, JudgeChoice, UnsuitableRequest, reward_model_of
-from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, EvaluationConflict, Evaluations
 from registry.registry import Registry, UnknownVersion
 
 Item = TypeVar("Item")
@@ -102,25 +102,25 @@ class Evaluator:
     def carry_out_next(self) -> Evaluation | None:
         """Carry out what waits, and go on first with what a killed process left; None without any.
 
-        None also while another process carries one out.
+        None also while another process carries one out, and where it was cancelled at the last moment.
         """
         if self._evaluations.next() is None:
             return None
         try:
             with self._lock():
                 waiting = self._evaluations.next()
-                return None if waiting is None else self._carry_out(waiting.id)
-        except EvaluationBusy:
+                return None if waiting is None else self._carry_out(self._evaluations.begin(waiting.id))
+        except (EvaluationBusy, EvaluationConflict):
             return None
 
     def carry_out(self, make: Callable[[], int]) -> Evaluation:
         """Carry out the evaluation whose number `make` returns; it is called once nobody else is at work.
 
         Returns it when it has ended. Raises EvaluationBusy, UnknownEvaluation, and EvaluationConflict if it
-        has ended already.
+        has ended already; one that was cancelled is taken up where it stopped.
         """
         with self._lock():
-            return self._carry_out(make())
+            return self._carry_out(self._evaluations.begin(make(), again=True))
 
     def needed(self) -> tuple[set[str], set[int]]:
         """Return the versions that evaluations still wait for, and the rounds whose reward models they do."""
@@ -129,8 +129,15 @@ class Evaluator:
         rounds = {one.round for request in asked for one in request.judges if one.round}
         return versions, rounds
 
-    def _carry_out(self, evaluation_id: int) -> Evaluation:
-        evaluation = self._evaluations.begin(evaluation_id)
+    def _carry_out(self, evaluation: Evaluation) -> Evaluation:
+        try:
+            self._run(evaluation)
+        except EvaluationConflict:
+            logger.info("evaluation %d was cancelled: what it has is kept", evaluation.id)
+        return self._evaluations.get(evaluation.id)
+
+    def _run(self, evaluation: Evaluation) -> None:
+        """Run it and write down what came of it; raises EvaluationConflict if it was cancelled meanwhile."""
         try:
             if evaluation.attempts > MOST_ATTEMPTS:
                 raise CannotEvaluate(
@@ -139,17 +146,18 @@ class Evaluator:
                 )
             result = EvaluationRun(evaluation, self._equipment).run()
         except (SystemExit, KeyboardInterrupt):
-            logger.warning("evaluation %d was stopped: it is gone on with when there is time", evaluation_id)
+            logger.warning("evaluation %d was stopped: it is gone on with when there is time", evaluation.id)
+            raise
+        except EvaluationConflict:
             raise
         except Exception as problem:
             # Whatever it was: an evaluation left `running` would be taken up, and fail, again and again.
             if not isinstance(problem, _EXPECTED):
-                logger.exception("evaluation %d failed", evaluation_id)
+                logger.exception("evaluation %d failed", evaluation.id)
             error = str(problem) if isinstance(problem, _EXPECTED) else f"{type(problem).__name__}: {problem}"
-            self._evaluations.finish(evaluation_id, error=error)
+            self._evaluations.finish(evaluation.id, error=error)
         else:
-            self._evaluations.finish(evaluation_id, result)
-        return self._evaluations.get(evaluation_id)
+            self._evaluations.finish(evaluation.id, result)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -400,6 +408,7 @@ class _Progress:
         self._bar.close()
 
     def step(self, name: str, count: int) -> None:
+        """Note that so much more is there; raises EvaluationConflict if the evaluation was cancelled."""
         self._done += count
         self._evaluations.progress(self._evaluation.id, name, self._done, self._total)
         self._bar.set_description(name, refresh=False)

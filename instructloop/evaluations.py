@@ -1,4 +1,4 @@
-"""The `instructloop evaluate` and `evaluations` commands: compare contestants; list, show and report that.
+"""The `instructloop evaluate` and `evaluations` commands: compare contestants; list, report, cancel that.
 
 They parse and print; what a request may hold is `registry`'s, carrying it out `evaluation`'s.
 """
@@ -64,7 +64,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=int,
         metavar="N",
-        help="go on with evaluation N, which was stopped, or count people's votes anew",
+        help="go on with evaluation N, which was stopped or cancelled, or count people's votes anew",
     )
 
 
@@ -85,12 +85,14 @@ def add_listing_to(parser: argparse.ArgumentParser) -> None:
         found.add_argument("--json", action="store_true", help="print JSON")
     report = add("report", _report, "write one as an HTML page: leaderboards, win rates, answers")
     report.add_argument("--output", type=Path, help="the file (default: evaluation-NNNN.html)")
-    for found in (show, report):
+    cancel = add("cancel", _cancel, "end one that waits or runs; `evaluate --resume N` takes it up again")
+    cancel.add_argument("--reason", default="", help="written to the log")
+    for found in (show, report, cancel):
         found.add_argument("n", type=int, metavar="N", help="the evaluation's number")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Compare contestants now, or go on with it, or ask the trainer to; exit code 1 when it failed."""
+    """Compare contestants now, or go on with it, or ask the trainer to; exit code 1 without a result."""
     from instructloop import parts
 
     config = _config(arguments)
@@ -129,6 +131,19 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     print(_write_report(_config(arguments), arguments.n, arguments.output))
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from instructloop import access, installation
+    from registry.audit import AuditLog
+    from registry.evaluations import Evaluations
+
+    engine, who = installation.open_database(_config(arguments)), access.actor()
+    with AuditLog(engine).refusals(who, "cancel_evaluation", f"evaluation {arguments.n}"):
+        before = Evaluations(engine).cancel(arguments.n, who, arguments.reason)
+    stops = ": it stops at its next step" if before.state == "running" else ""
+    print(f"evaluation {arguments.n} is cancelled{stops}")
     return 0
 
 
@@ -171,6 +186,10 @@ def _ask(config: "Config", request: "EvaluationRequest", evaluations: "Evaluatio
 def _ended(config: "Config", evaluation: "Evaluation", output: Path | None) -> int:
     if evaluation.state == "failed":
         print(f"evaluation {evaluation.id} failed: {evaluation.error}", file=sys.stderr)
+        return 1
+    if evaluation.state == "cancelled":
+        again = f"`instructloop evaluate --resume {evaluation.id}` goes on with it"
+        print(f"evaluation {evaluation.id} was cancelled: {again}", file=sys.stderr)
         return 1
     _print(evaluation)
     print(f"the report is {_write_report(config, evaluation.id, output)}", file=sys.stderr)

@@ -93,7 +93,9 @@ def test_the_page_says_who_won_by_whom_and_shows_answers(tmp_path: Path) -> None
 
 def test_one_that_is_not_done_says_how_far_it_is_and_one_that_failed_why(tmp_path: Path) -> None:
     running = evaluation_report(evaluation("running"), files(tmp_path)).html()
-    assert "It is running: answers of m at h, 25% of all" in running
+    assert "It is running at answers of m at h, 25% of all" in running
+    cancelled = evaluation_report(evaluation("cancelled"), files(tmp_path)).html()
+    assert "It is cancelled at answers of m at h, 25% of all" in cancelled
     assert "Answers side by side" in running
     failed = evaluation_report(
         evaluation("failed", error=f"{ATTACK}: no"), EvaluationFiles(tmp_path / "none")

@@ -229,6 +229,50 @@ def test_only_one_is_carried_out_at_a_time(installation: Installation, tmp_path:
     assert evaluator(installation).needed() == ({"policy-0000", "policy-0001"}, set())
 
 
+def test_one_that_is_cancelled_stops_at_its_next_step_and_can_be_taken_up_there(
+    installation: Installation, tmp_path: Path
+) -> None:
+    number = ask(installation, prompts=prompt_file(tmp_path))
+    after = ask(installation, prompts=prompt_file(tmp_path), limit=4)
+    evaluations = Evaluations(installation.engine)
+    asked: list[int] = []
+
+    class Cancelled(TransformersSampler):
+        def sample(self, prompts: Any, **more: Any) -> Any:
+            asked.append(len(prompts))
+            if len(asked) == 2:
+                evaluations.cancel(number, "ann")
+            return super().sample(prompts, **more)
+
+    ended = evaluator(installation, make_sampler=Cancelled).carry_out_next()
+    assert ended is not None
+    assert (ended.id, ended.state, ended.error, ended.result) == (number, "cancelled", None, None)
+    # What was under way is kept, nothing is begun.
+    assert asked == [32, 2]
+    assert len(files_of(installation, number).answers_so_far(0, 1)) == 2
+    assert files_of(installation, number).answers_so_far(1, 0) == []
+    # Whoever carries them out goes on with the next one, and leaves it alone.
+    following = evaluator(installation).carry_out_next()
+    assert following is not None
+    assert (following.id, following.state) == (after, "done")
+    assert evaluator(installation).carry_out_next() is None
+    again = carried_out(installation, number, make_sampler=Cancelled)
+    assert (again.state, again.error) == ("done", None)
+    assert asked == [32, 2, 32, 2]
+
+
+def test_one_that_is_cancelled_just_before_it_is_begun_is_not(
+    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = ask(installation, prompts=prompt_file(tmp_path, 4))
+    evaluations = Evaluations(installation.engine)
+    waiting = evaluations.get(number)
+    evaluations.cancel(number, "ann")
+    monkeypatch.setattr(evaluations, "next", lambda: waiting)
+    assert evaluator(installation, evaluations=evaluations).carry_out_next() is None
+    assert evaluations.get(number).state == "cancelled"
+
+
 def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_again(
     installation: Installation, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from feedback.store import Store
 from instructloop import cli, installation
 from instructloop.config import load
+from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 
 INTERVAL = {"estimate": 0.75, "low": 0.5, "high": 1.0, "confidence": 0.95, "clusters": 2, "values": 4}
@@ -85,6 +86,17 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
     assert json.loads(capsys.readouterr().out)["error"] == "prompts: there are 1 in it"
     assert cli.run(["evaluate", "--resume", "2"]) == 2
     assert "done already" in capsys.readouterr().err
+    assert cli.run(["evaluations", "cancel", "2"]) == 2
+    assert "evaluation 2 is done already" in capsys.readouterr().err
+    for number, state in ((3, "cancelled"), (4, "cancelled: it stops at its next step")):
+        assert cli.run(["evaluate", "base", "policy-0001", "--later"]) == 0
+        if number == 4:
+            evaluations.begin(number)
+        capsys.readouterr()
+        assert cli.run(["evaluations", "cancel", str(number), "--reason", "too long"]) == 0
+        assert capsys.readouterr().out == f"evaluation {number} is {state}\n"
+        assert evaluations.get(number).state == "cancelled"
+    assert {one.detail for one in AuditLog(engine).entries(limit=3)} == {"", "too long"}
     assert cli.run(["evaluations", "report", "2", "--output", "page.html"]) == 0
     assert "0.750" in (tmp_path / "page.html").read_text()
     # Whoever is forgotten later may stand in it.

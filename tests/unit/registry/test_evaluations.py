@@ -131,3 +131,39 @@ def test_an_evaluation_from_request_to_end(engine: sa.Engine) -> None:
     with pytest.raises(UnknownEvaluation, match="no evaluation 7"):
         evaluations.get(7)
     assert [entry.action for entry in AuditLog(engine).entries()] == ["request_evaluation"] * 2
+
+
+def test_one_that_waits_or_runs_can_be_cancelled_and_taken_up_again(engine: sa.Engine) -> None:
+    evaluations = Evaluations(engine)
+    waits, runs = (evaluations.request(EvaluationRequest(**TWO, seed=i), "ann").id for i in range(2))
+    for _ in range(3):
+        evaluations.begin(runs)
+    evaluations.progress(runs, "answers of policy-0000", 32, 400)
+    assert evaluations.cancel(waits, "ben", "not now").state == "requested"
+    assert evaluations.cancel(runs, "ben").state == "running"
+    assert (evaluations.next(), evaluations.unfinished()) == (None, [])
+    # Whoever carries it out learns of it by either, and can't end it otherwise.
+    for note in (
+        lambda: evaluations.progress(runs, "answers of policy-0001", 64, 400),
+        lambda: evaluations.finish(runs, {"prompts": 3}),
+        lambda: evaluations.finish(runs, error="no prompts"),
+        lambda: evaluations.begin(runs),
+        lambda: evaluations.cancel(runs, "ben"),
+    ):
+        with pytest.raises(EvaluationConflict, match=f"evaluation {runs} is cancelled already"):
+            note()
+    cancelled = evaluations.get(runs)
+    assert (cancelled.state, cancelled.done, cancelled.result) == ("cancelled", 32, None)
+    assert cancelled.ended_at is not None
+    again = evaluations.begin(runs, again=True)
+    assert (again.state, again.attempts, again.ended_at) == ("running", 1, None)
+    evaluations.finish(runs, {"prompts": 3})
+    with pytest.raises(EvaluationConflict, match="done already"):
+        evaluations.cancel(runs, "ben")
+    with pytest.raises(UnknownEvaluation):
+        evaluations.cancel(7, "ben")
+    found = [entry for entry in AuditLog(engine).entries() if entry.action == "cancel_evaluation"]
+    assert [(entry.actor, entry.target, entry.detail) for entry in found] == [
+        ("ben", f"evaluation {runs}", ""),
+        ("ben", f"evaluation {waits}", "not now"),
+    ]
