@@ -23,9 +23,10 @@ def evaluation_directory(data_dir: Path, evaluation_id: int) -> Path:
 class EvaluationFiles:
     """The files below `directory`, which need not exist.
 
-    Prompts are objects with `key`, `messages`, `checks` and, from the store, `completion_id`; answers are
-    lists of objects with `text`, `tokens` and `finish_reason`, in the prompts' order; verdicts are lists of
-    outcomes (1, 0.5, 0 or null).
+    Prompts are objects with `key`, `messages`, `checks` and, from the store, the `completion_id` under which
+    they are forgotten: a case's own id for a case, which may have a `bad` answer too. Answers are lists of
+    objects with `text`, `tokens` and `finish_reason`, in the prompts' order; verdicts are lists of outcomes
+    (1, 0.5, 0 or null).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,7 +57,7 @@ class EvaluationFiles:
         return _read(self.directory / "answers" / f"{contestant:02d}-{batch:05d}.json") or []
 
     def completion_ids(self) -> list[str]:
-        """Return the completions whose prompts are asked."""
+        """Return the completions, and the cases, whose prompts are asked."""
         return [one["completion_id"] for one in self.prompts() or () if one.get("completion_id")]
 
     def delete_texts(self) -> None:

@@ -13,7 +13,7 @@ from evaluation.agreement import statement
 from evaluation.checks import words
 from evaluation.comparison import clustered_mean, win_rate
 from evaluation.contestants import Answer
-from evaluation.judges import ChatPrompt, ChecksJudge, Judge
+from evaluation.judges import CasesJudge, ChatPrompt, ChecksJudge, Judge
 from evaluation.leaderboard import Match, bradley_terry, style_controlled, style_of
 from evaluation.people_judge import PeopleJudge
 from evaluation.settings import EvaluationSettings
@@ -200,6 +200,9 @@ def _statement(judge: Judge) -> str:
     """Say how far a judge is to be believed."""
     if isinstance(judge, ChecksJudge):
         return "A program, which does not err about what it checks."
+    if isinstance(judge, CasesJudge):
+        by = "nothing" if judge.reference is None else f"the {judge.reference.name}"
+        return f"Programs where a case has checks, else {by}. {statement(judge.agreement)}"
     if isinstance(judge, PeopleJudge):
         return "People, who did not know whose answers they compared."
     return statement(judge.agreement)

@@ -44,16 +44,17 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default="held-out",
         metavar="FILE",
-        help='JSON lines with "prompt" or "messages" and perhaps "checks" (default: the held-out prompts of '
-        "the store)",
+        help='JSON lines with "prompt" or "messages" and perhaps "checks", or `cases` for those of '
+        "`instructloop cases` (default: `held-out`, prompts of the store that no round trains on)",
     )
     parser.add_argument(
         "--judge",
         action="append",
         default=[],
         metavar="JUDGE",
-        help="reward-model[:ROUND], checks, [AXIS=]URL#MODEL[#KEY_VARIABLE], or [AXIS=]people[:VOTES] in the "
-        "arena; may be repeated (default: the prompts' checks, and the last round's reward model)",
+        help="reward-model[:ROUND], checks, cases (who passes them), [AXIS=]URL#MODEL[#KEY_VARIABLE], or "
+        "[AXIS=]people[:VOTES] in the arena; may be repeated (default: the prompts' checks, with `--prompts "
+        "cases` who passes them, and the last round's reward model)",
     )
     for name, kind, text in _SAMPLING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
@@ -151,12 +152,12 @@ def _request(arguments: argparse.Namespace) -> "EvaluationRequest":
     """Read the arguments; raises BadEvaluation naming the one at fault."""
     from pydantic import ValidationError
 
-    from registry.evaluation_request import HELD_OUT, EvaluationRequest
+    from registry.evaluation_request import CASES, HELD_OUT, EvaluationRequest
 
     prompts = arguments.prompts
     values = {
         "contestants": arguments.contestants,
-        "prompts": prompts if prompts == HELD_OUT else str(Path(prompts).resolve()),
+        "prompts": prompts if prompts in (HELD_OUT, CASES) else str(Path(prompts).resolve()),
         "judges": arguments.judge,
     }
     values |= {
@@ -173,6 +174,7 @@ def _request(arguments: argparse.Namespace) -> "EvaluationRequest":
 
 def _ask(config: "Config", request: "EvaluationRequest", evaluations: "Evaluations") -> "Evaluation":
     """Write the request down; what is refused stands in the audit log, too."""
+    from feedback.cases import Cases
     from instructloop import access, installation
     from registry.audit import AuditLog
     from registry.evaluation_request import resolve
@@ -180,7 +182,8 @@ def _ask(config: "Config", request: "EvaluationRequest", evaluations: "Evaluatio
     engine, who = installation.open_database(config), access.actor()
     registry = installation.open_registry(config, engine)
     with AuditLog(engine).refusals(who, "request_evaluation"):
-        return evaluations.request(resolve(request, registry, config.data_dir), who)
+        whole = resolve(request, registry, config.data_dir, cases=Cases(engine).list)
+        return evaluations.request(whole, who)
 
 
 def _ended(config: "Config", evaluation: "Evaluation", output: Path | None) -> int:

@@ -13,6 +13,7 @@ from fastapi import Path as PathParameter
 from pydantic import ValidationError
 from starlette.responses import HTMLResponse, Response
 
+from feedback.cases import Cases
 from registry.audit import AuditLog
 from registry.evaluation_request import EvaluationRequest, UnsuitableRequest, resolve
 from registry.evaluations import Evaluation, Evaluations
@@ -35,12 +36,14 @@ class EvaluationRoutes:
         *,
         evaluations: Evaluations,
         registry: Registry,
+        cases: Cases,
         audit: AuditLog,
         data_dir: FilePath,
         report: Callable[[int], str],
     ) -> None:
         self._evaluations = evaluations
         self._registry = registry
+        self._cases = cases
         self._audit = audit
         self._data_dir = data_dir
         self._report = report
@@ -88,7 +91,8 @@ class EvaluationRoutes:
 
         def ask() -> Evaluation:
             with self._audit.refusals(who, "request_evaluation"):
-                whole = resolve(self._within_prompts(wanted), self._registry, self._data_dir)
+                found = self._within_prompts(wanted)
+                whole = resolve(found, self._registry, self._data_dir, cases=self._cases.list)
                 return self._evaluations.request(whole, who)
 
         try:

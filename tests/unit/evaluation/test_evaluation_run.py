@@ -15,7 +15,9 @@ from evaluation.evaluation_files import EvaluationFiles, evaluation_directory
 from evaluation.evaluation_report import evaluation_report
 from evaluation.reward_model import RewardModel
 from evaluation.run import EvaluationBusy
+from feedback.cases import Cases
 from feedback.forgetting import Forgettings
+from feedback.new_case import NewCase
 from registry.arena import Arena
 from registry.evaluations import MOST_ATTEMPTS, Evaluation, EvaluationConflict, Evaluations
 
@@ -159,6 +161,54 @@ def test_a_prompt_that_is_forgotten_while_it_is_asked_ends_the_evaluation(instal
     assert ended.state == "failed"
     assert "forgotten meanwhile" in str(ended.error)
     assert not (files.directory / "answers").exists()
+
+
+def test_cases_are_asked_and_judged_and_go_when_whoever_they_are_of_is_forgotten(
+    installation: Installation,
+) -> None:
+    installation.give_feedback(seed=1)
+    RewardModel.from_decoder(installation.registry.version("policy-0001").path).save(
+        installation.directory / "rounds" / "0004" / "judge"
+    )
+    cases = Cases(installation.engine)
+
+    def add(validate: Any = lambda *_: None, **new: Any) -> str:
+        return cases.add(NewCase(**new), actor="ann", validate=validate).id
+
+    check = {"kind": "mentions_any", "words": ["w7"]}
+    # Its bad answer is the recorded one, and a person can be forgotten by it.
+    recorded = add(completion_id="chatcmpl-1-0", choice=0, good="w5 w6")
+    checked = add(messages=[{"role": "user", "content": "w1 w2"}], checks=[check])
+    add(messages=[{"role": "user", "content": "w3 w4"}], checks=[check])
+    removed = add(messages=[{"role": "user", "content": "w5 w6"}], checks=[check])
+    cases.remove(removed, actor="ann")
+    number = ask(installation, prompts="cases", judges=[])
+    ended = carried_out(installation, number)
+    assert ended.state == "done", ended.error
+    assert ended.result is not None
+    files = files_of(installation, number)
+    prompts = files.prompts()
+    assert prompts is not None
+    assert [prompt["key"] for prompt in prompts][:2] == [recorded, checked]
+    assert (len(prompts), ended.result["prompts_with_checks"]) == (3, 2)
+    assert prompts[0]["messages"] == installation.store.completion("chatcmpl-1-0")[0].messages
+    # Two answers of each to three prompts; the one without checks is judged beside its bad answer.
+    given = [(table["name"], table["pairs"][0]["verdicts"]) for table in ended.result["tables"]]
+    assert given == [("checks", 4), ("cases", 6), ("reward model of round 4", 6)]
+    assert "else the reward model of round 4" in ended.result["judges"][1]["statement"]
+
+    class Meanwhile(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            forget(installation, "chatcmpl-1-0")
+            return super().sample(*given, **more)
+
+    again = ask(installation, prompts="cases", judges=["checks"])
+    ended = carried_out(installation, again, make_sampler=Meanwhile)
+    assert (ended.state, "forgotten meanwhile" in str(ended.error)) == ("failed", True)
+    assert files_of(installation, again).prompts() is None
+    # What the upkeep looks for among those that ended.
+    names = [("completion", id) for id in files.completion_ids()]
+    assert installation.store.forgettings.among(names) == {("completion", recorded)}  # type: ignore[arg-type]
 
 
 def forget(installation: Installation, completion_id: str) -> None:

@@ -58,6 +58,7 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
         (["policy-0000", "policy-0009"], "contestants.1: there is no version policy-0009"),
         (["base", "policy-0001", "--judge", "jury"], "judges.0: 'jury' is none of"),
         (["base", "policy-0001", "--prompts", "none.jsonl"], "prompts: there is no file"),
+        (["base", "policy-0001", "--prompts", "cases"], "prompts: at least two cases are needed"),
         (["base", "policy-0001", "--n", "99"], "n: "),
         (["--resume", "7"], "there is no evaluation 7"),
     ):

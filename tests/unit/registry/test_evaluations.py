@@ -80,18 +80,27 @@ def test_what_a_request_names_has_to_be_there(
     registry.promote("policy-0001", actor="ann", reason="")
 
     def resolved(**change: Any) -> EvaluationRequest:
-        return resolve(EvaluationRequest(**TWO | change), registry, tmp_path)
+        return resolve(EvaluationRequest(**TWO | change), registry, tmp_path, cases=lambda: range(count))
+
+    count = 1
 
     for change, field in (
         ({"contestants": ["base", "policy-0009"]}, "contestants.1"),
         ({"contestants": ["base", "policy-0000"]}, "contestants"),
         ({"prompts": str(tmp_path / "none.jsonl")}, "prompts"),
         ({"judges": ["checks", "reward-model"]}, "judges.1"),
+        ({"judges": ["cases"]}, "judges"),
+        ({"prompts": "cases"}, "prompts"),
+        ({"prompts": "cases", "judges": ["checks", "cases:3"]}, "judges.1"),
     ):
         with pytest.raises(UnsuitableRequest) as refused:
             resolved(**change)
         assert refused.value.field == field
     assert [one.kind for one in resolved().judges] == ["checks"]
+    count = 2
+    of_cases = resolved(prompts="cases")
+    assert not of_cases.files
+    assert [(one.kind, one.round) for one in of_cases.judges] == [("checks", None), ("cases", None)]
     for number in (2, 11):
         judge = tmp_path / "rounds" / f"{number:04d}" / "judge"
         judge.mkdir(parents=True)
@@ -99,6 +108,8 @@ def test_what_a_request_names_has_to_be_there(
     found = resolved(contestants=["serving", "base+few-shot"])
     assert [one.name for one in found.contestants] == ["policy-0001", "policy-0000+few-shot"]
     assert [(one.kind, one.round) for one in found.judges] == [("checks", None), ("reward-model", 11)]
+    of_cases = resolved(prompts="cases", judges=["cases", "cases:2"])
+    assert [(one.kind, one.round) for one in of_cases.judges] == [("cases", 11), ("cases", 2)]
     with pytest.raises(UnsuitableRequest, match="round 3 is not kept; there is 2, 11"):
         resolved(judges=["reward-model:3"])
 

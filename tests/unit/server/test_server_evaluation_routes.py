@@ -49,6 +49,18 @@ async def test_one_is_asked_for_and_followed_to_its_end(bench: Bench, versions: 
             assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found")
 
 
+async def test_cases_are_asked_for_as_prompts(bench: Bench, versions: list[str]) -> None:
+    check = {"kind": "max_words", "n": 3}
+    async with bench.http("operator") as http:
+        for text in ("hi", "ho"):
+            case = {"messages": [{"role": "user", "content": text}], "checks": [check]}
+            assert (await http.post("/v1/cases", json=case)).status_code == 201
+        assert (await http.post("/v1/evaluations", json=TWO | {"prompts": "cases"})).status_code == 202
+        found = (await http.get("/v1/evaluations/1")).json()["request"]
+    assert found["prompts"] == "cases"
+    assert [one["kind"] for one in found["judges"]] == ["checks", "cases"]
+
+
 async def test_one_is_cancelled_with_a_reason_and_one_that_ended_is_not(
     bench: Bench, versions: list[str]
 ) -> None:
@@ -90,6 +102,7 @@ async def test_one_is_cancelled_with_a_reason_and_one_that_ended_is_not(
         ({"judges": ["jury"]}, "judges.0"),
         ({"judges": ["reward-model"]}, "judges.0"),
         ({"prompts": "none.jsonl"}, "prompts"),
+        ({"prompts": "cases"}, "prompts"),
         ({"prompts": "../store.db"}, "prompts"),
         ({"prompts": "/etc/passwd"}, "prompts"),
         ({"n": 0}, "n"),
