@@ -1,4 +1,4 @@
-"""An evaluation's report: who won how often by whom, how sure that is, and answers side by side.
+"""An evaluation's report: who won how often by whom, how sure that is, labels, and answers side by side.
 
 Owns the choice and the order of what is shown; how it looks is `evaluation.report`'s.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.evaluation_files import EvaluationFiles
+from evaluation.labels import WORDS
 from evaluation.report import Report, Response
 from evaluation.round_report import flat
 from registry.evaluations import Evaluation
@@ -30,6 +31,7 @@ def evaluation_report(evaluation: Evaluation, files: EvaluationFiles) -> Report:
     if evaluation.result is not None:
         _add_tables(report, evaluation.result)
         _add_answers(report, evaluation.result)
+        _add_labels(report, evaluation.result)
         _add_judges(report, evaluation.result)
     _add_samples(report, evaluation, files)
     report.heading("What was asked for")
@@ -138,6 +140,24 @@ def _add_answers(report: Report, result: Mapping[str, Any]) -> None:
     )
 
 
+def _add_labels(report: Report, result: Mapping[str, Any]) -> None:
+    for source in result.get("labels", ()):
+        report.heading(f"Labels of their answers by {source['source']}")
+        contestants = source["contestants"]
+        report.table(
+            ["label", *(one["name"] for one in contestants)],
+            [
+                ("answers with votes or verdicts", *(one["answers"] for one in contestants)),
+                *(
+                    (words, *(_estimate(one["shares"][label]) for one in contestants))
+                    for label, words in WORDS.items()
+                ),
+            ],
+            caption="Shares of each contestant's answers, with intervals over prompts. Where several looked "
+            "at an answer, it counts by the share of them that gave the label.",
+        )
+
+
 def _add_judges(report: Report, result: Mapping[str, Any]) -> None:
     report.heading("Who judged")
     rows = [(judge["name"], judge["axis"], judge["statement"]) for judge in result["judges"]]
@@ -173,6 +193,12 @@ def _short(rows: Sequence[Bar]) -> list[Bar]:
         (name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…", estimate, low, high)
         for name, estimate, low, high in rows
     ]
+
+
+def _estimate(interval: Mapping[str, float] | None) -> str | None:
+    if interval is None:
+        return None
+    return f"{interval['estimate']:.3f} {_span(interval['low'], interval['high'])}"
 
 
 def _bounds(interval: Mapping[str, float]) -> tuple[float, float, float]:

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from evaluation.contestants import Answer, Contestant
 from evaluation.endpoint import EndpointProblem
+from evaluation.endpoint_judge import EndpointJudge
 from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
 from evaluation.judges import ChatPrompt, Judge, Pair
+from evaluation.labels import Labelling
 from evaluation.participants import CannotEvaluate, Equipment, Participants
 from evaluation.people_judge import PeopleJudge
 from evaluation.prompts import FileProblem, case_chats, held_out_chats, read_chats
@@ -152,7 +154,8 @@ class EvaluationRun:
             contestants = self._participants.contestants()
             self._participants.check_judges()
             pairs = list(combinations(range(len(contestants)), 2))
-            total = len(prompts) * (len(contestants) + len(self._request.judges) * len(pairs))
+            labelled = 1 + sum(choice.labels for choice in self._request.judges)
+            total = len(prompts) * (labelled * len(contestants) + len(self._request.judges) * len(pairs))
             with _Progress(self._evaluation, self._equipment.evaluations, total) as progress:
                 answers = [
                     self._answers(i, contestant, prompts, progress)
@@ -168,6 +171,10 @@ class EvaluationRun:
                     for j, judge in enumerate(judges)
                     for pair in pairs
                 ]
+                labellings = [
+                    *self._labellings_by_people(judges, prompts, answers),
+                    *self._labellings_by_models(judges, prompts, answers, progress),
+                ]
             self._refuse_what_was_forgotten()
             return figures(
                 contestants=[contestant.name for contestant in contestants],
@@ -175,6 +182,7 @@ class EvaluationRun:
                 prompts=prompts,
                 answers=answers,
                 duels=duels,
+                labellings=labellings,
                 settings=self._equipment.settings,
                 seed=self._request.seed,
             )
@@ -268,6 +276,47 @@ class EvaluationRun:
             verdicts += [found[i : i + n] for i in range(0, len(found), n)]
             progress.step(f"verdicts of {judge.name}", len(batch))
         return verdicts
+
+    # -- labels
+
+    def _labellings_by_people(
+        self, judges: Sequence[Judge], prompts: Sequence[ChatPrompt], answers: Sequence[Answers]
+    ) -> Iterator[Labelling]:
+        """Yield the labels that came with votes, of each kind of people who gave any."""
+        for judge in judges:
+            if not isinstance(judge, PeopleJudge):
+                continue
+            opinions: list[list[list[list[str]]]] = [[[] for one in own for _ in one] for own in answers]
+            for first, second in combinations(range(len(answers)), 2):
+                matches = self._matches(prompts, answers, (first, second))
+                given = judge.labels([match for own in matches for match in own])
+                for at, (ours, theirs) in enumerate(given):
+                    opinions[first][at] += ours
+                    opinions[second][at] += theirs
+            if any(labels for own in opinions for given_ in own for labels in given_):
+                yield Labelling(judge.name, opinions)
+
+    def _labellings_by_models(
+        self,
+        judges: Sequence[Judge],
+        prompts: Sequence[ChatPrompt],
+        answers: Sequence[Answers],
+        progress: "_Progress",
+    ) -> Iterator[Labelling]:
+        """Yield the labels of each language model that is to give some, with one opinion an answer."""
+        for j, (choice, judge) in enumerate(zip(self._request.judges, judges, strict=True)):
+            if not (choice.labels and isinstance(judge, EndpointJudge)):
+                continue
+            opinions = []
+            for i, own in enumerate(answers):
+                labels: list[list[str] | None] = []
+                for number, batch in _batches(list(zip(prompts, own, strict=True))):
+                    self._refuse_what_was_forgotten()
+                    asked = [(prompt, one.text) for prompt, given in batch for one in given]
+                    labels += self._files.labels(j, i, number, partial(judge.labels, asked))
+                    progress.step(f"labels of {judge.name}", len(batch))
+                opinions.append([[] if one is None else [one] for one in labels])
+            yield Labelling(judge.name, opinions)
 
 
 class _Progress:

@@ -52,9 +52,10 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="JUDGE",
-        help="reward-model[:ROUND], checks, cases (who passes them), [AXIS=]URL#MODEL[#KEY_VARIABLE], or "
-        "[AXIS=]people[:VOTES] in the arena; may be repeated (default: the prompts' checks, with `--prompts "
-        "cases` who passes them, and the last round's reward model)",
+        help="reward-model[:ROUND], checks, cases (who passes them), [AXIS=]URL#MODEL[#KEY_VARIABLE], with "
+        "AXIS+labels= for InstructGPT's labels too, or [AXIS=]people[:VOTES] in the arena; may be repeated "
+        "(default: the prompts' checks, with `--prompts cases` who passes them, and the last round's reward "
+        "model)",
     )
     for name, kind, text in _SAMPLING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
@@ -208,6 +209,9 @@ def _print(evaluation: "Evaluation") -> None:
             print(evaluation.error)
         return
     listings.show(listings.win_rates(evaluation.result))
+    if labels := evaluation.result.get("labels"):
+        print()
+        listings.show(listings.labels(labels))
 
 
 def _write_report(config: "Config", number: int, output: Path | None) -> Path:

@@ -170,11 +170,22 @@ def win_rates(result: "Mapping[str, Any]") -> Rows:
                     table["axis"],
                     pair["first"],
                     pair["second"],
-                    "-" if rate is None else "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**rate),
+                    _interval(rate),
                     str(pair["ties"]),
                     str(pair["verdicts"]),
                 )
             )
+    return rows
+
+
+def labels(found: "Sequence[Mapping[str, Any]]") -> Rows:
+    """Share of each contestant's answers with each label, by who gave labels; labels that nobody gave not."""
+    rows: Rows = [("LABELS BY", "CONTESTANT", "ANSWERS", "LABEL", "SHARE")]
+    for source in found:
+        for one in source["contestants"]:
+            for label, share in one["shares"].items():
+                if share is None or share["estimate"] > 0:
+                    rows.append((source["source"], one["name"], str(one["answers"]), label, _interval(share)))
     return rows
 
 
@@ -308,6 +319,10 @@ def text(value: Any) -> str:
         case float():
             return f"{value:.4g}"
     return json.dumps(value)
+
+
+def _interval(found: "Mapping[str, float] | None") -> str:
+    return "-" if found is None else "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def _share(value: float | None) -> str:

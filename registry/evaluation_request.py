@@ -21,6 +21,7 @@ HELD_OUT = "held-out"
 CASES = "cases"
 """In the place of a prompt file: the prompts of the operators' cases."""
 FEW_SHOT = "+few-shot"
+LABELS = "+labels"
 
 
 class UnsuitableRequest(ValueError):  # noqa: N818
@@ -100,13 +101,17 @@ class JudgeChoice(_Asked):
     they have no checks. `endpoint` is a language model, asked by one `axis`, and `people` are those in the
     arena, by the majority of so many `votes`. As text: `reward-model`, `checks`, `cases`, `URL#MODEL` or
     `URL#MODEL#VARIABLE`, `people`; a round or votes follow as in `people:3`, and an axis stands before the
-    last two as in `helpful=URL#MODEL`.
+    last two as in `helpful=URL#MODEL`, with `helpful+labels=URL#MODEL` for `labels`.
     """
 
     kind: JudgeKind
     round: int | None = Field(None, ge=1, lt=2**31, description="Whose reward model; unset: the last one's")
     axis: Axis = Field("overall", description="By what an endpoint or people judge")
     votes: int = Field(1, ge=1, le=100, description="How many people are asked about a pair")
+    labels: bool = Field(
+        default=False,
+        description="Also ask an endpoint which of InstructGPT's labels hold of each answer, one by one",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "JudgeChoice":
@@ -116,6 +121,8 @@ class JudgeChoice(_Asked):
             raise ValueError("round is for the kinds reward-model and cases")
         if self.axis != "overall" and self.kind not in ("endpoint", "people"):
             raise ValueError("axis is for the kinds endpoint and people")
+        if self.labels and self.kind != "endpoint":
+            raise ValueError("labels is for the kind endpoint: people give them with their votes")
         if self.votes != 1 and self.kind != "people":
             raise ValueError("votes is for the kind people")
         return self
@@ -143,7 +150,13 @@ def _judge(value: Any) -> Any:
         axis, separator, endpoint = value.partition("=")
         if "://" in axis or not separator:
             axis, endpoint = "overall", value
-        return {"kind": "endpoint", "axis": axis, **_endpoint(endpoint)}
+        labels = axis.endswith(LABELS)
+        return {
+            "kind": "endpoint",
+            "axis": axis.removesuffix(LABELS),
+            **({"labels": True} if labels else {}),
+            **_endpoint(endpoint),
+        }
     name, colon, number = value.partition(":")
     axis, _, kind = name.rpartition("=")
     if kind == "people":

@@ -5,6 +5,7 @@ from typing import Any
 
 from evaluation.evaluation_files import EvaluationFiles
 from evaluation.evaluation_report import evaluation_report
+from evaluation.labels import LABELS
 from registry.evaluation_request import EvaluationRequest
 from registry.evaluations import Evaluation
 
@@ -66,6 +67,13 @@ def result() -> dict[str, Any]:
     }
 
 
+def labelled() -> dict[str, Any]:
+    shares = dict.fromkeys(LABELS, interval(0.0)) | {"hallucination": interval(0.325)}
+    contestants = [{"name": name, "answers": 4, "opinions": 6, "shares": shares} for name in NAMES[:2]]
+    contestants += [{"name": NAMES[2], "answers": 1, "opinions": 1, "shares": dict.fromkeys(LABELS)}]
+    return {"source": f"people {ATTACK}", "contestants": contestants}
+
+
 def files(directory: Path) -> EvaluationFiles:
     found = EvaluationFiles(directory / "0007")
     found.choose([{"key": "k", "messages": [{"role": "user", "content": ATTACK}], "checks": []}])
@@ -89,6 +97,16 @@ def test_the_page_says_who_won_by_whom_and_shows_answers(tmp_path: Path) -> None
         assert text in page
     assert page.count("<svg") == 3
     assert "<script" not in page
+
+
+def test_labels_stand_in_a_table_for_each_source(tmp_path: Path) -> None:
+    page = evaluation_report(evaluation("done", result() | {"labels": [labelled()]}), files(tmp_path)).html()
+    assert "<td>makes things up</td><td>0.325 [0.225, 0.425]</td>" in page
+    assert "Labels of their answers by people &lt;script" in page
+    row = page[page.index("<td>denigrates a protected class</td>") :].partition("</tr>")[0]
+    assert row.endswith("<td>–</td>")
+    assert "<script" not in page
+    assert "Labels" not in evaluation_report(evaluation("done", result()), files(tmp_path)).html()
 
 
 def test_one_that_is_not_done_says_how_far_it_is_and_one_that_failed_why(tmp_path: Path) -> None:

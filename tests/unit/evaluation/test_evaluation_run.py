@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from unit.evaluation.evaluating import ask, evaluator, installation_with_two_versions, run_in_a_process
+from unit.evaluation.scripted_endpoint import Endpoint, Reply, said
 from unit.training.installation import Installation
 from unit.training.tiny import TransformersSampler
 
@@ -211,6 +212,38 @@ def test_cases_are_asked_and_judged_and_go_when_whoever_they_are_of_is_forgotten
     assert installation.store.forgettings.among(names) == {("completion", recorded)}  # type: ignore[arg-type]
 
 
+def test_a_language_model_labels_every_answer_once(installation: Installation, tmp_path: Path) -> None:
+    def script(body: dict[str, Any]) -> Reply:
+        asked = body["messages"][-1]["content"]
+        if "<answer A>" in asked:
+            return said('{"verdict": "tie"}')
+        return said(
+            '{"labels": ["opinion"]}' if " w2 " in asked.partition("<answer>")[2] else '{"labels": []}'
+        )
+
+    endpoint = Endpoint(script)
+    with endpoint.running() as url:
+        number = ask(
+            installation, prompts=prompt_file(tmp_path), judges=[f"honest+labels={url}#m", f"{url}#m"]
+        )
+        ended = carried_out(installation, number)
+    assert ended.state == "done", ended.error
+    assert ended.result is not None
+    assert ended.done == ended.total == PROMPTS * (2 + 2 + 2)
+    (labels,) = ended.result["labels"]
+    assert labels["source"] == "m on honest"
+    assert [one["answers"] for one in labels["contestants"]] == [2 * PROMPTS] * 2
+    files = files_of(installation, number)
+    for i, one in enumerate(labels["contestants"]):
+        texts = [answer["text"] for k in range(2) for own in files.answers_so_far(i, k) for answer in own]
+        expected = sum(" w2 " in f"\n{text}\n" for text in texts) / len(texts)
+        assert 0 < expected < 1
+        assert one["shares"]["opinion"]["estimate"] == pytest.approx(expected)
+    assert sum("<answer>" in str(body["messages"]) for body in endpoint.asked) == 2 * 2 * PROMPTS
+    # The labels are kept: nobody is asked for them again.
+    assert len(list((files.directory / "labels").iterdir())) == 2 * 2
+
+
 def forget(installation: Installation, completion_id: str) -> None:
     forgettings = Forgettings(installation.engine)
     forgettings.erase(forgettings.begin("completion", completion_id, "test"))
@@ -331,6 +364,7 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     asked = carried_out(installation, number)
     assert asked.state == "done", asked.error
     assert asked.result is not None
+    assert asked.result["labels"] == [], "nobody has looked at them"
     people = asked.result["tables"][0]
     assert (people["name"], people["axis"]) == ("people on honest", "honest")
     before = people["pairs"][0]["verdicts"]
@@ -340,7 +374,11 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     for rater in ("k/ann", "k/ben"):
         while (pair := arena.next_pair(rater)) is not None:
             assert pair.axis == "honest"
-            arena.vote(pair.id, rater, "first" if pair.first in liked else "second")
+            # One of them finds an opinion in what the second contestant said.
+            opinion = ["opinion"] if rater == "k/ann" else []
+            given = [[] if text in liked else opinion for text in (pair.first, pair.second)]
+            choice: Any = "first" if pair.first in liked else "second"
+            arena.vote(pair.id, rater, choice, first_labels=given[0], second_labels=given[1])
             voted += 1
     assert voted > 0
 
@@ -353,6 +391,11 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     counted = again.result["tables"][0]["pairs"][0]
     assert counted["verdicts"] == before + voted / 2 == 4
     assert counted["win_rate"]["estimate"] > 0.5
+    (labels,) = again.result["labels"]
+    assert labels["source"] == "people on honest"
+    shares = [one["shares"]["opinion"]["estimate"] for one in labels["contestants"]]
+    assert shares == [0.0, 0.5]
+    assert [one["opinions"] for one in labels["contestants"]] == [voted, voted]
     arena.withdraw_asking([one["messages"] for one in files_of(installation, number).prompts() or ()])
     assert arena.next_pair("k/cat") is None
     without = ask(installation, prompts=prompts)

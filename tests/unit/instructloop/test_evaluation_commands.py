@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.labels import LABELS
 from feedback.store import Store
 from instructloop import cli, installation
 from instructloop.config import load
@@ -35,6 +36,19 @@ RESULT = {
                 }
             ],
             "leaderboards": {},
+        }
+    ],
+    "labels": [
+        {
+            "source": "people",
+            "contestants": [
+                {
+                    "name": "policy-0001",
+                    "answers": 3,
+                    "opinions": 3,
+                    "shares": dict.fromkeys(LABELS, INTERVAL | {"estimate": 0.0}) | {"opinion": INTERVAL},
+                }
+            ],
         }
     ],
 }
@@ -82,7 +96,11 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
         ["1", "failed"],
     ]
     assert cli.run(["evaluations", "show", "2"]) == 0
-    assert "0.750 [0.500, 1.000]" in capsys.readouterr().out
+    rates, _, labels = capsys.readouterr().out.partition("\n\n")
+    assert "0.750 [0.500, 1.000]" in rates
+    assert [line.split() for line in labels.splitlines()[1:]] == [
+        ["people", "policy-0001", "3", "opinion", "0.750", "[0.500,", "1.000]"]
+    ]
     assert cli.run(["evaluations", "show", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] == "prompts: there are 1 in it"
     assert cli.run(["evaluate", "--resume", "2"]) == 2

@@ -19,7 +19,13 @@ TWO = {"contestants": ["policy-0000", "policy-0001"]}
 def test_contestants_and_judges_may_be_texts() -> None:
     request = EvaluationRequest(
         contestants=["policy-0001", "base+few-shot", "https://api.test/v1#big/model#BIG_API_KEY"],
-        judges=["checks", "reward-model:3", "honest=http://127.0.0.1:9/v1#judge", "http://h/v1#a"],
+        judges=[
+            "checks",
+            "reward-model:3",
+            "honest=http://127.0.0.1:9/v1#judge",
+            "http://h/v1#a",
+            "helpful+labels=http://h/v1#a",
+        ],
     )
     assert [one.name for one in request.contestants] == [
         "policy-0001",
@@ -27,11 +33,12 @@ def test_contestants_and_judges_may_be_texts() -> None:
         "big/model at api.test",
     ]
     assert request.contestants[2].key_variable == "BIG_API_KEY"
-    assert [(one.kind, one.round, one.axis, one.model) for one in request.judges] == [
-        ("checks", None, "overall", None),
-        ("reward-model", 3, "overall", None),
-        ("endpoint", None, "honest", "judge"),
-        ("endpoint", None, "overall", "a"),
+    assert [(one.kind, one.round, one.axis, one.model, one.labels) for one in request.judges] == [
+        ("checks", None, "overall", None, False),
+        ("reward-model", 3, "overall", None, False),
+        ("endpoint", None, "honest", "judge", False),
+        ("endpoint", None, "overall", "a", False),
+        ("endpoint", None, "helpful", "a", True),
     ]
     assert EvaluationRequest(**request.model_dump(mode="json")) == request
 
@@ -57,6 +64,8 @@ def test_contestants_and_judges_may_be_texts() -> None:
         ({"judges": ["reward-model:0"]}, "judges.0.round"),
         ({"judges": ["people:0"]}, "judges.0.votes"),
         ({"judges": ["witty=people"]}, "judges.0.axis"),
+        ({"judges": ["+labels=http://h/v1#m"]}, "judges.0.axis"),
+        ({"judges": [{"kind": "people", "labels": True}]}, "judges.0"),
         ({"judges": [{"kind": "checks", "votes": 2}]}, "judges.0"),
         ({"judges": ["witty=http://h/v1#m"]}, "judges.0.axis"),
         ({"judges": [{"kind": "checks", "round": 1}]}, "judges.0"),
