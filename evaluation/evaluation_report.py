@@ -52,7 +52,8 @@ def _summary(evaluation: Evaluation) -> str:
 
 def _add_tables(report: Report, result: Mapping[str, Any]) -> None:
     for table in result["tables"]:
-        report.heading(f"By {table['name']}: {table['axis']}")
+        name, axis = table["name"], table["axis"]
+        report.heading(f"By {name}" if axis in name.split() else f"By {name}: {axis}")
         pairs = table["pairs"]
         if not any(pair["verdicts"] for pair in pairs):
             report.paragraph("It gave no verdict on these prompts.")
@@ -73,7 +74,11 @@ def _add_leaderboards(report: Report, table: Mapping[str, Any]) -> None:
         report.intervals(caption, _short([(name, *bounds) for name, _, bounds in ratings]), x_label="rating")
         report.table(
             ["contestant", "rank", "rating", "interval"],
-            [(name, rank, estimate, _span(low, high)) for name, rank, (estimate, low, high) in ratings],
+            # Points mean nothing below one.
+            [
+                (name, rank, round(estimate), f"[{low:.0f},\N{NO-BREAK SPACE}{high:.0f}]")
+                for name, rank, (estimate, low, high) in ratings
+            ],
             caption="A rank is 1 more than how many are surely better; 400 points are odds of 10 to 1.",
         )
         if board["style"]:
@@ -147,7 +152,7 @@ def _add_labels(report: Report, result: Mapping[str, Any]) -> None:
         report.table(
             ["label", *(one["name"] for one in contestants)],
             [
-                ("answers with votes or verdicts", *(one["answers"] for one in contestants)),
+                ("answers looked at", *(str(one["answers"]) for one in contestants)),
                 *(
                     (words, *(_estimate(one["shares"][label]) for one in contestants))
                     for label, words in WORDS.items()
@@ -206,4 +211,4 @@ def _bounds(interval: Mapping[str, float]) -> tuple[float, float, float]:
 
 
 def _span(low: float, high: float) -> str:
-    return f"[{low:.3f}, {high:.3f}]"
+    return f"[{low:.3f},\N{NO-BREAK SPACE}{high:.3f}]"

@@ -179,13 +179,13 @@ def win_rates(result: "Mapping[str, Any]") -> Rows:
 
 
 def labels(found: "Sequence[Mapping[str, Any]]") -> Rows:
-    """Share of each contestant's answers with each label, by who gave labels; labels that nobody gave not."""
-    rows: Rows = [("LABELS BY", "CONTESTANT", "ANSWERS", "LABEL", "SHARE")]
+    """Share of each contestant's answers with each label, by who gave some, below how many they looked at."""
+    rows: Rows = [("LABELS BY", "LABEL", *(one["name"] for one in found[0]["contestants"]))]
     for source in found:
-        for one in source["contestants"]:
-            for label, share in one["shares"].items():
-                if share is None or share["estimate"] > 0:
-                    rows.append((source["source"], one["name"], str(one["answers"]), label, _interval(share)))
+        name, contestants = source["source"], source["contestants"]
+        rows.append((name, "(answers)", *(str(one["answers"]) for one in contestants)))
+        for label in contestants[0]["shares"]:
+            rows.append((name, label, *(_interval(one["shares"][label]) for one in contestants)))
     return rows
 
 

@@ -42,12 +42,13 @@ RESULT = {
         {
             "source": "people",
             "contestants": [
+                {"name": "policy-0000", "answers": 1, "opinions": 1, "shares": dict.fromkeys(LABELS)},
                 {
                     "name": "policy-0001",
                     "answers": 3,
                     "opinions": 3,
-                    "shares": dict.fromkeys(LABELS, INTERVAL | {"estimate": 0.0}) | {"opinion": INTERVAL},
-                }
+                    "shares": dict.fromkeys(LABELS, INTERVAL),
+                },
             ],
         }
     ],
@@ -98,9 +99,9 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
     assert cli.run(["evaluations", "show", "2"]) == 0
     rates, _, labels = capsys.readouterr().out.partition("\n\n")
     assert "0.750 [0.500, 1.000]" in rates
-    assert [line.split() for line in labels.splitlines()[1:]] == [
-        ["people", "policy-0001", "3", "opinion", "0.750", "[0.500,", "1.000]"]
-    ]
+    header, answers, *shares = [line.split() for line in labels.splitlines()]
+    assert (header[-2:], answers[-2:]) == (["policy-0000", "policy-0001"], ["1", "3"])
+    assert shares == [["people", label, "-", "0.750", "[0.500,", "1.000]"] for label in LABELS]
     assert cli.run(["evaluations", "show", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] == "prompts: there are 1 in it"
     assert cli.run(["evaluate", "--resume", "2"]) == 2
