@@ -53,6 +53,7 @@ class Endpoint:
         self._concurrency = concurrency
         self._attempts = attempts
         self._sleep = sleep
+        self._takes_forms = True
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=timeout_seconds,
@@ -73,6 +74,24 @@ class Endpoint:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def ask_in_form(self, body: Mapping[str, Any], form: Mapping[str, Any]) -> str | RequestRefused:
+        """Ask for an answer in a form (`response_format`); return its text, or why this was refused.
+
+        An endpoint that refuses forms is asked without. Raises EndpointProblem.
+        """
+        in_form = self._takes_forms
+        try:
+            return text_of(self.ask({**body, "response_format": form} if in_form else body))
+        except RequestRefused as refusal:
+            if not in_form:
+                return refusal
+        try:
+            said = text_of(self.ask(body))
+        except RequestRefused as refusal:
+            return refusal
+        self._takes_forms = False  # it was the form that the endpoint does not take
+        return said
 
     def close(self) -> None:
         """Close the connections."""

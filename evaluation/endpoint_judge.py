@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evaluation.endpoint import Endpoint, RequestRefused, text_of
-from evaluation.judges import Pair
+from evaluation.endpoint import Endpoint, RequestRefused
+from evaluation.judges import ChatPrompt, Pair
+from evaluation.labels import FORMAT, question, read_labels
 
 AXES: Mapping[str, str] = {
     "overall": "Which answer is the better response to the user? Weigh whether it does what was asked, is "
@@ -146,7 +147,6 @@ class EndpointJudge:
         self.agreement = agreement
         self.orders = Orders()
         self._max_tokens = max_tokens
-        self._structured = True
         self._lock = threading.Lock()
         self._endpoint = Endpoint(
             url,
@@ -174,40 +174,42 @@ class EndpointJudge:
         A single request that the endpoint can't take, such as a pair longer than its context, has no verdict.
         """
         asked = [turned for pair in pairs for turned in (pair, pair.swapped)]
-        answers = self._endpoint.each(self._ask, asked)
-        refusals = [answer for answer in answers if isinstance(answer, RequestRefused)]
-        if refusals and len(refusals) == len(answers):
-            raise refusals[0]
-        letters = [None if isinstance(answer, RequestRefused) else read_verdict(answer) for answer in answers]
+        answers = self._said(self._endpoint.each(self._ask, asked))
+        letters = [None if answer is None else read_verdict(answer) for answer in answers]
         both = list(zip(letters[::2], letters[1::2], strict=True))
         self._count(both)
         return [combined(forth, back) for forth, back in both]
 
+    def labels(self, answers: Sequence[tuple[ChatPrompt, str]]) -> list[list[str] | None]:
+        """Ask about each answer which of InstructGPT's labels hold of it. Raises EndpointProblem.
+
+        None where the endpoint can't take the request, or names no labels.
+        """
+        found = self._said(self._endpoint.each(self._ask_labels, answers))
+        return [None if text is None else read_labels(text) for text in found]
+
     def _ask(self, pair: Pair) -> str | RequestRefused:
         """Return what the model said about a pair in this order, or why it was not asked about it."""
-        structured = self._structured
-        try:
-            return text_of(self._endpoint.ask(self._body(pair, structured)))
-        except RequestRefused as refusal:
-            if not structured:
-                return refusal
-        try:
-            said = text_of(self._endpoint.ask(self._body(pair, structured=False)))
-        except RequestRefused as refusal:
-            return refusal
-        self._structured = False  # it was the schema that the endpoint does not take
-        return said
+        asked = [
+            {"role": "system", "content": _SYSTEM},
+            {"role": "user", "content": _question(pair, AXES[self.axis])},
+        ]
+        return self._endpoint.ask_in_form(self._body(asked), _FORMAT)
 
-    def _body(self, pair: Pair, structured: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "messages": [
-                {"role": "system", "content": _SYSTEM},
-                {"role": "user", "content": _question(pair, AXES[self.axis])},
-            ],
-            "temperature": 0,
-            "max_tokens": self._max_tokens,
-        }
-        return body | {"response_format": _FORMAT} if structured else body
+    def _ask_labels(self, answer: tuple[ChatPrompt, str]) -> str | RequestRefused:
+        prompt, text = answer
+        return self._endpoint.ask_in_form(self._body(question(prompt.messages, text)), FORMAT)
+
+    def _body(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        return {"messages": messages, "temperature": 0, "max_tokens": self._max_tokens}
+
+    @staticmethod
+    def _said(answers: Sequence[str | RequestRefused]) -> list[str | None]:
+        """Return what was said, None for a refusal; raises that of the first where all were refused."""
+        refusals = [answer for answer in answers if isinstance(answer, RequestRefused)]
+        if refusals and len(refusals) == len(answers):
+            raise refusals[0]
+        return [None if isinstance(answer, RequestRefused) else answer for answer in answers]
 
     def _count(self, both: Sequence[tuple[Letter | None, Letter | None]]) -> None:
         counts = Counter(_kind(forth, back) for forth, back in both)

@@ -1,4 +1,4 @@
-"""The files of one evaluation: its prompts, each contestant's answers, each judge's verdicts, a batch a file.
+"""The files of one evaluation: prompts, contestants' answers, judges' verdicts and labels, a batch a file.
 
 Owns their places and that each is there whole or not at all, which is what an evaluation is resumed by. It
 loads without torch: the server's pages and the upkeep read and delete here.
@@ -23,9 +23,10 @@ def evaluation_directory(data_dir: Path, evaluation_id: int) -> Path:
 class EvaluationFiles:
     """The files below `directory`, which need not exist.
 
-    Prompts are objects with `key`, `messages`, `checks` and, from the store, `completion_id`; answers are
-    lists of objects with `text`, `tokens` and `finish_reason`, in the prompts' order; verdicts are lists of
-    outcomes (1, 0.5, 0 or null).
+    Prompts are objects with `key`, `messages`, `checks` and, from the store, the `completion_id` under which
+    they are forgotten: a case's own id for a case, which may have a `bad` answer too. Answers are lists of
+    objects with `text`, `tokens` and `finish_reason`, in the prompts' order; verdicts are lists of outcomes
+    (1, 0.5, 0 or null), labels lists of what an answer was given, or null.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -51,16 +52,20 @@ class EvaluationFiles:
         name = f"{judge:02d}-{first:02d}-{second:02d}-{batch:05d}.json"
         return _kept(self.directory / "verdicts" / name, make)
 
+    def labels(self, judge: int, contestant: int, batch: int, make: Callable[[], Any]) -> Any:
+        """Return the labels that a judge gives a contestant's answers to a batch, made now if not there."""
+        return _kept(self.directory / "labels" / f"{judge:02d}-{contestant:02d}-{batch:05d}.json", make)
+
     def answers_so_far(self, contestant: int, batch: int) -> list[list[dict[str, Any]]]:
         """Return a contestant's answers to a batch; none where there are none."""
         return _read(self.directory / "answers" / f"{contestant:02d}-{batch:05d}.json") or []
 
     def completion_ids(self) -> list[str]:
-        """Return the completions whose prompts are asked."""
+        """Return the completions, and the cases, whose prompts are asked."""
         return [one["completion_id"] for one in self.prompts() or () if one.get("completion_id")]
 
     def delete_texts(self) -> None:
-        """Delete prompts and answers; verdicts, in which there is no text, stay."""
+        """Delete prompts and answers; verdicts and labels, in which there is no text of theirs, stay."""
         shutil.rmtree(self.directory / "answers", ignore_errors=True)
         self._prompts.unlink(missing_ok=True)
         _staging(self._prompts).unlink(missing_ok=True)

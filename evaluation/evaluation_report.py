@@ -1,4 +1,4 @@
-"""An evaluation's report: who won how often by whom, how sure that is, and answers side by side.
+"""An evaluation's report: who won how often by whom, how sure that is, labels, and answers side by side.
 
 Owns the choice and the order of what is shown; how it looks is `evaluation.report`'s.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.evaluation_files import EvaluationFiles
+from evaluation.labels import WORDS
 from evaluation.report import Report, Response
 from evaluation.round_report import flat
 from registry.evaluations import Evaluation
@@ -30,6 +31,7 @@ def evaluation_report(evaluation: Evaluation, files: EvaluationFiles) -> Report:
     if evaluation.result is not None:
         _add_tables(report, evaluation.result)
         _add_answers(report, evaluation.result)
+        _add_labels(report, evaluation.result)
         _add_judges(report, evaluation.result)
     _add_samples(report, evaluation, files)
     report.heading("What was asked for")
@@ -41,8 +43,8 @@ def evaluation_report(evaluation: Evaluation, files: EvaluationFiles) -> Report:
 def _summary(evaluation: Evaluation) -> str:
     names = [contestant.name for contestant in evaluation.asked.contestants]
     text = f"{', '.join(names[:-1])} and {names[-1]}. It is {evaluation.state}"
-    if evaluation.state == "running" and evaluation.total:
-        text += f": {evaluation.step}, {evaluation.done / evaluation.total:.0%} of all"
+    if evaluation.state in ("running", "cancelled") and evaluation.total:
+        text += f" at {evaluation.step}, {evaluation.done / evaluation.total:.0%} of all"
     if evaluation.result is not None:
         text += f", on {evaluation.result['prompts']} prompts"
     return text + "."
@@ -50,7 +52,8 @@ def _summary(evaluation: Evaluation) -> str:
 
 def _add_tables(report: Report, result: Mapping[str, Any]) -> None:
     for table in result["tables"]:
-        report.heading(f"By {table['name']}: {table['axis']}")
+        name, axis = table["name"], table["axis"]
+        report.heading(f"By {name}" if axis in name.split() else f"By {name}: {axis}")
         pairs = table["pairs"]
         if not any(pair["verdicts"] for pair in pairs):
             report.paragraph("It gave no verdict on these prompts.")
@@ -71,7 +74,11 @@ def _add_leaderboards(report: Report, table: Mapping[str, Any]) -> None:
         report.intervals(caption, _short([(name, *bounds) for name, _, bounds in ratings]), x_label="rating")
         report.table(
             ["contestant", "rank", "rating", "interval"],
-            [(name, rank, estimate, _span(low, high)) for name, rank, (estimate, low, high) in ratings],
+            # Points mean nothing below one.
+            [
+                (name, rank, round(estimate), f"[{low:.0f},\N{NO-BREAK SPACE}{high:.0f}]")
+                for name, rank, (estimate, low, high) in ratings
+            ],
             caption="A rank is 1 more than how many are surely better; 400 points are odds of 10 to 1.",
         )
         if board["style"]:
@@ -138,6 +145,24 @@ def _add_answers(report: Report, result: Mapping[str, Any]) -> None:
     )
 
 
+def _add_labels(report: Report, result: Mapping[str, Any]) -> None:
+    for source in result.get("labels", ()):
+        report.heading(f"Labels of their answers by {source['source']}")
+        contestants = source["contestants"]
+        report.table(
+            ["label", *(one["name"] for one in contestants)],
+            [
+                ("answers looked at", *(str(one["answers"]) for one in contestants)),
+                *(
+                    (words, *(_estimate(one["shares"][label]) for one in contestants))
+                    for label, words in WORDS.items()
+                ),
+            ],
+            caption="Shares of each contestant's answers, with intervals over prompts. Where several looked "
+            "at an answer, it counts by the share of them that gave the label.",
+        )
+
+
 def _add_judges(report: Report, result: Mapping[str, Any]) -> None:
     report.heading("Who judged")
     rows = [(judge["name"], judge["axis"], judge["statement"]) for judge in result["judges"]]
@@ -175,9 +200,15 @@ def _short(rows: Sequence[Bar]) -> list[Bar]:
     ]
 
 
+def _estimate(interval: Mapping[str, float] | None) -> str | None:
+    if interval is None:
+        return None
+    return f"{interval['estimate']:.3f} {_span(interval['low'], interval['high'])}"
+
+
 def _bounds(interval: Mapping[str, float]) -> tuple[float, float, float]:
     return interval["estimate"], interval["low"], interval["high"]
 
 
 def _span(low: float, high: float) -> str:
-    return f"[{low:.3f}, {high:.3f}]"
+    return f"[{low:.3f},\N{NO-BREAK SPACE}{high:.3f}]"

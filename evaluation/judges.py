@@ -1,6 +1,6 @@
 """Judges: each says of two answers to one prompt which is the better, all behind one protocol.
 
-Owns the protocol and the judges that need nothing but this process: reward models and program checks. The
+Owns the protocol and the judges that need nothing but this process: reward models, program checks, cases. The
 judges that ask somebody are in `endpoint_judge` and `people_judge`; what follows from verdicts is elsewhere.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from evaluation.checks import share_satisfied
+from evaluation.checks import all_satisfied, degenerate, share_satisfied
 from evaluation.comparison import outcome
 from evaluation.reward_model import RewardModel, score_responses
 
@@ -19,12 +19,13 @@ from evaluation.reward_model import RewardModel, score_responses
 class ChatPrompt:
     """What is asked, as text: `key` names it, `messages` are role and content, `checks` what programs check.
 
-    A prompt that is no chat is one message of the user's.
+    A prompt that is no chat is one message of the user's. That of a case may have a `bad` answer.
     """
 
     key: str
     messages: tuple[Mapping[str, str], ...]
     checks: tuple[Mapping[str, Any], ...] = ()
+    bad: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class Pair:
 class Judge(Protocol):
     """Anything that tells the better of two answers.
 
-    `axis` says by what: `overall`, `helpful`, `honest`, `harmless`, `attempts`, `constraints` or
-    `truthful`. `agreement` holds how often the judge agreed with people, as `evaluation.agreement.kept` gives
+    `axis` says by what: `overall`, `helpful`, `honest`, `harmless`, `attempts`, `constraints`, `truthful` or
+    `passing`. `agreement` holds how often the judge agreed with people, as `evaluation.agreement.kept` gives
     it, by data set; None where nobody measured it. It is to be stated beside the judge's verdicts.
     """
 
@@ -110,6 +111,47 @@ class ChecksJudge:
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """Compare the shares of the checks that are met. Raises BadCheck."""
         return [checked(pair.prompt.checks, pair.first, pair.second) for pair in pairs]
+
+
+class CasesJudge:
+    """An answer that passes its case wins over one that does not, each passing as for `evaluation.cases`.
+
+    That is by the case's checks, or without any by beating its bad answer in the eyes of `reference`. There
+    is no verdict on prompts that are no cases, and without a reference on those that have no checks.
+    """
+
+    name = "cases"
+    axis = "passing"
+
+    def __init__(self, reference: RewardModelJudge | None) -> None:
+        self.reference = reference
+        self.agreement = None if reference is None else reference.agreement
+
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """Compare whether the two answers pass. Raises BadCheck."""
+        answers = [(pair.prompt, text) for pair in pairs for text in (pair.first, pair.second)]
+        passed = self._passed(answers)
+        return [
+            None if ours is None or theirs is None else outcome(ours, theirs)
+            for ours, theirs in zip(passed[::2], passed[1::2], strict=True)
+        ]
+
+    def _passed(self, answers: Sequence[tuple[ChatPrompt, str]]) -> list[bool | None]:
+        beside = {
+            n: Pair(prompt, text, prompt.bad)
+            for n, (prompt, text) in enumerate(answers)
+            if self.reference is not None and prompt.bad is not None and not prompt.checks
+        }
+        verdicts = self.reference.compare(list(beside.values())) if self.reference and beside else []
+        better = dict(zip(beside, verdicts, strict=True))
+        return [
+            better[n] == 1 and not degenerate(text)
+            if n in better
+            else all_satisfied(prompt.checks, text)
+            if prompt.checks
+            else None
+            for n, (prompt, text) in enumerate(answers)
+        ]
 
 
 def checked(checks: Sequence[Mapping[str, Any]], first: str, second: str) -> float | None:

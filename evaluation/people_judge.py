@@ -1,6 +1,7 @@
 """People as the judge: pairs are offered in the arena, and the votes are read as they come.
 
-Owns how votes on a pair become one verdict. The arena itself is `registry.arena`'s.
+Owns how votes on a pair become one verdict, and whose labels are whose. The arena itself is
+`registry.arena`'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,15 +35,13 @@ class PeopleJudge:
         votes = self._arena.votes([one.id for one in asked])
         return [0.5 if one.first == one.second else self._verdict(votes[one.id]) for one in offered]
 
-    def labels(self, pairs: Sequence[Pair]) -> list[tuple[Mapping[str, float], Mapping[str, float]]]:
-        """Return for the two answers of each pair the share of voters that gave a label, by label."""
-        votes = self._arena.votes([self._offered(pair).id for pair in pairs])
+    def labels(self, pairs: Sequence[Pair]) -> list[tuple[list[list[str]], list[list[str]]]]:
+        """Return for the two answers of each pair the labels that each voter so far gave it."""
+        ids = [self._offered(pair).id for pair in pairs]
+        votes = self._arena.votes(ids)
         return [
-            (
-                _shares([vote.first_labels for vote in votes[self._offered(pair).id]]),
-                _shares([vote.second_labels for vote in votes[self._offered(pair).id]]),
-            )
-            for pair in pairs
+            ([vote.first_labels for vote in votes[id]], [vote.second_labels for vote in votes[id]])
+            for id in ids
         ]
 
     def _offered(self, pair: Pair) -> OfferedPair:
@@ -53,8 +52,3 @@ class PeopleJudge:
             return None
         mean = sum(vote.outcome for vote in votes) / len(votes)
         return 0.5 if mean == 0.5 else float(mean > 0.5)
-
-
-def _shares(given: Sequence[Sequence[str]]) -> Mapping[str, float]:
-    names = sorted({label for labels in given for label in labels})
-    return {name: sum(name in labels for labels in given) / len(given) for name in names}

@@ -1,17 +1,18 @@
-"""Prompts from a file or from the store, as text, and which prompts no round trains on.
+"""Prompts from a file, from the store or of cases, as text, and which prompts no round trains on.
 
 Owns the file's form and the split by prompt. What prompts become for a model is the model's side's affair.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.checks import BadCheck, validate
 from evaluation.ifeval import checks_of
 from evaluation.judges import ChatPrompt
+from feedback.cases import Case
 from feedback.privacy import PrivacyFilter
 from feedback.records import Completion, prompt_hash
 from feedback.store import Store
@@ -71,6 +72,19 @@ def held_out_chats(
             yield ChatPrompt(key, messages, _checks_given(store, key)), completion.id
 
 
+def case_chats(cases: Sequence[Case], privacy: PrivacyFilter | None = None) -> list[ChatPrompt]:
+    """Return the prompts of cases, each under its case's id; `privacy` cleans texts, as for rounds."""
+    return [
+        ChatPrompt(
+            case.id,
+            _cleaned(case.messages, privacy),
+            tuple(case.checks),
+            case.bad if case.bad is None or privacy is None else privacy.clean(case.bad)[0],
+        )
+        for case in cases
+    ]
+
+
 def _recorded(completion: Completion, privacy: PrivacyFilter | None) -> tuple[Mapping[str, str], ...]:
     if completion.messages is not None:
         messages = [
@@ -80,6 +94,12 @@ def _recorded(completion: Completion, privacy: PrivacyFilter | None) -> tuple[Ma
         ]
     else:
         messages = [{"role": "user", "content": completion.prompt}] if completion.prompt else []
+    return _cleaned(messages, privacy)
+
+
+def _cleaned(
+    messages: Sequence[Mapping[str, str]], privacy: PrivacyFilter | None
+) -> tuple[Mapping[str, str], ...]:
     if privacy is not None:
         messages = [{**message, "content": privacy.clean(message["content"])[0]} for message in messages]
     return tuple(messages)

@@ -24,7 +24,8 @@ h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #555 }
 th, td { border: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
 th { background: #f5f5f5 } td.number { text-align: right; font-variant-numeric: tabular-nums }
-td.response { white-space: pre-wrap; width: 50% }
+table.samples { table-layout: fixed; width: 100% } .samples td, .samples th { overflow-wrap: anywhere }
+td.response, th.prompt { white-space: pre-wrap } th.prompt { font-weight: normal }
 figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } figcaption { color: #555 }
 .side { display: flex; flex-wrap: wrap; column-gap: 2rem; align-items: flex-start }
 .side figure { width: calc(50% - 1rem); min-width: 20rem; margin: .5rem 0 }
@@ -107,9 +108,14 @@ class Report:
         self._parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
-        """Add a table; numbers are set to the right, floats with three decimals."""
+        """Add a table; numbers are set to the right, floats with three decimals.
+
+        Where a column has numbers, what is missing in it stands to the right as well.
+        """
+        numeric = {place for row in rows for place, value in enumerate(row) if _is_number(value)}
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-        body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
+        cells = ([_cell(value, place in numeric) for place, value in enumerate(row)] for row in rows)
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         title = f"<caption>{escape(caption)}</caption>" if caption else ""
         self._parts.append(f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
@@ -117,11 +123,12 @@ class Report:
         """Add responses side by side: for each prompt one row of responses, one to a column."""
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
         body = "".join(
-            f'<tr><th colspan="{len(columns)}">{escape(prompt)}</th></tr>'
+            f'<tr><th class="prompt" colspan="{len(columns)}">{escape(prompt)}</th></tr>'
             f"<tr>{''.join(_response(response) for response in responses)}</tr>"
             for prompt, responses in rows
         )
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        parts = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        self._parts.append(f'<table class="samples">{parts}</table>')
 
     def lines(self, caption: str, series: Sequence[Series], *, x_label: str, y_label: str) -> None:
         """Add a line plot."""
@@ -262,13 +269,18 @@ def _plotted(value: float | None) -> float:
     return math.nan if value is None or not math.isfinite(value) else value
 
 
-def _cell(value: Any) -> str:
+def _is_number(value: Any) -> bool:
+    return not (value is None or isinstance(value, bool | str))
+
+
+def _cell(value: Any, numeric: bool) -> str:
+    if _is_number(value):
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f'<td class="number">{escape(text)}</td>'
     if isinstance(value, bool):
         return "<td>yes</td>" if value else "<td>no</td>"
-    if value is None or isinstance(value, str):
-        return f"<td>{escape(value or '–')}</td>"
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return f'<td class="number">{escape(text)}</td>'
+    kind = ' class="number"' if numeric and value is None else ""
+    return f"<td{kind}>{escape(value or '–')}</td>"
 
 
 def _response(response: Response) -> str:

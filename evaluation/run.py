@@ -6,47 +6,33 @@ is not asked for again. Who contestants and judges are is in their own modules, 
 
 import fcntl
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from evaluation.agreement import kept
-from evaluation.contestants import (
-    Answer,
-    Contestant,
-    EndpointContestant,
-    Sampling,
-    SharedEngine,
-    VersionContestant,
-)
-from evaluation.endpoint import Endpoint, EndpointProblem
+from evaluation.contestants import Answer, Contestant
+from evaluation.endpoint import EndpointProblem
 from evaluation.endpoint_judge import EndpointJudge
 from evaluation.evaluation_files import BATCH, EvaluationFiles, evaluation_directory
-from evaluation.few_shot import FEW_SHOT
-from evaluation.judges import ChatPrompt, ChecksJudge, Judge, Pair, RewardModelJudge
+from evaluation.judges import ChatPrompt, Judge, Pair
+from evaluation.labels import Labelling
+from evaluation.participants import CannotEvaluate, Equipment, Participants
 from evaluation.people_judge import PeopleJudge
-from evaluation.prompts import FileProblem, held_out_chats, read_chats
-from evaluation.reward_model import RewardModel
-from evaluation.sampler import Sampler
-from evaluation.settings import EvaluationSettings
+from evaluation.prompts import FileProblem, case_chats, held_out_chats, read_chats
 from evaluation.tournament import Answers, Duel, figures
-from feedback.privacy import PrivacyFilter
-from feedback.store import Store
+from feedback.cases import Cases
 from feedback.tombstones import Name
 from registry.arena import Arena
-from registry.evaluation_request import Contestant as ContestantChoice
-from registry.evaluation_request import EvaluationRequest, JudgeChoice, UnsuitableRequest, reward_model_of
-from registry.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
-from registry.registry import Registry, UnknownVersion
+from registry.evaluation_request import CASES, EvaluationRequest, UnsuitableRequest
+from registry.evaluations import MOST_ATTEMPTS, Evaluation, EvaluationConflict, Evaluations
+from registry.registry import UnknownVersion
 
 Item = TypeVar("Item")
 
@@ -57,10 +43,6 @@ class EvaluationBusy(RuntimeError):  # noqa: N818
     """Another process carries an evaluation out in the same data directory."""
 
 
-class CannotEvaluate(ValueError):  # noqa: N818
-    """An evaluation can't be carried out, or not any more; the message says what is missing."""
-
-
 _EXPECTED = (
     CannotEvaluate,
     EndpointProblem,
@@ -68,28 +50,6 @@ _EXPECTED = (
     UnknownVersion,
     UnsuitableRequest,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Equipment:
-    """What evaluations are carried out with.
-
-    `held_out_share` and `privacy` are those of rounds, and so are `reward_tokens`: how many tokens of a
-    prompt and of an answer reward models read. Prompt and answer have at most `max_model_len` tokens.
-    `environment` holds endpoints' keys.
-    """
-
-    evaluations: Evaluations
-    registry: Registry
-    store: Store
-    data_dir: Path
-    settings: EvaluationSettings
-    make_sampler: Callable[[Path], Sampler]
-    max_model_len: int
-    held_out_share: float
-    reward_tokens: tuple[int, int]
-    privacy: PrivacyFilter | None = None
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 class Evaluator:
@@ -102,25 +62,25 @@ class Evaluator:
     def carry_out_next(self) -> Evaluation | None:
         """Carry out what waits, and go on first with what a killed process left; None without any.
 
-        None also while another process carries one out.
+        None also while another process carries one out, and where it was cancelled at the last moment.
         """
         if self._evaluations.next() is None:
             return None
         try:
             with self._lock():
                 waiting = self._evaluations.next()
-                return None if waiting is None else self._carry_out(waiting.id)
-        except EvaluationBusy:
+                return None if waiting is None else self._carry_out(self._evaluations.begin(waiting.id))
+        except (EvaluationBusy, EvaluationConflict):
             return None
 
     def carry_out(self, make: Callable[[], int]) -> Evaluation:
         """Carry out the evaluation whose number `make` returns; it is called once nobody else is at work.
 
         Returns it when it has ended. Raises EvaluationBusy, UnknownEvaluation, and EvaluationConflict if it
-        has ended already.
+        has ended already; one that was cancelled is taken up where it stopped.
         """
         with self._lock():
-            return self._carry_out(make())
+            return self._carry_out(self._evaluations.begin(make(), again=True))
 
     def needed(self) -> tuple[set[str], set[int]]:
         """Return the versions that evaluations still wait for, and the rounds whose reward models they do."""
@@ -129,8 +89,15 @@ class Evaluator:
         rounds = {one.round for request in asked for one in request.judges if one.round}
         return versions, rounds
 
-    def _carry_out(self, evaluation_id: int) -> Evaluation:
-        evaluation = self._evaluations.begin(evaluation_id)
+    def _carry_out(self, evaluation: Evaluation) -> Evaluation:
+        try:
+            self._run(evaluation)
+        except EvaluationConflict:
+            logger.info("evaluation %d was cancelled: what it has is kept", evaluation.id)
+        return self._evaluations.get(evaluation.id)
+
+    def _run(self, evaluation: Evaluation) -> None:
+        """Run it and write down what came of it; raises EvaluationConflict if it was cancelled meanwhile."""
         try:
             if evaluation.attempts > MOST_ATTEMPTS:
                 raise CannotEvaluate(
@@ -139,17 +106,18 @@ class Evaluator:
                 )
             result = EvaluationRun(evaluation, self._equipment).run()
         except (SystemExit, KeyboardInterrupt):
-            logger.warning("evaluation %d was stopped: it is gone on with when there is time", evaluation_id)
+            logger.warning("evaluation %d was stopped: it is gone on with when there is time", evaluation.id)
+            raise
+        except EvaluationConflict:
             raise
         except Exception as problem:
             # Whatever it was: an evaluation left `running` would be taken up, and fail, again and again.
             if not isinstance(problem, _EXPECTED):
-                logger.exception("evaluation %d failed", evaluation_id)
+                logger.exception("evaluation %d failed", evaluation.id)
             error = str(problem) if isinstance(problem, _EXPECTED) else f"{type(problem).__name__}: {problem}"
-            self._evaluations.finish(evaluation_id, error=error)
+            self._evaluations.finish(evaluation.id, error=error)
         else:
-            self._evaluations.finish(evaluation_id, result)
-        return self._evaluations.get(evaluation_id)
+            self._evaluations.finish(evaluation.id, result)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -175,28 +143,25 @@ class EvaluationRun:
         self._request: EvaluationRequest = evaluation.asked
         self._equipment = equipment
         self._files = EvaluationFiles(evaluation_directory(equipment.data_dir, evaluation.id))
-        self._engine = SharedEngine(equipment.make_sampler)
+        self._participants = Participants(self._request, equipment)
         self._arena = Arena(equipment.store.engine)
-        self._endpoints: list[Endpoint | EndpointJudge] = []
         self._completion_ids: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Return the result as plain JSON. Raises CannotEvaluate, EndpointProblem, FileProblem."""
         try:
             prompts = self._prompts()
-            contestants = [self._contestant(choice) for choice in self._request.contestants]
-            for choice in self._request.judges:
-                self._check(choice)
+            contestants = self._participants.contestants()
+            self._participants.check_judges()
             pairs = list(combinations(range(len(contestants)), 2))
-            total = len(prompts) * (len(contestants) + len(self._request.judges) * len(pairs))
+            labelled = 1 + sum(choice.labels for choice in self._request.judges)
+            total = len(prompts) * (labelled * len(contestants) + len(self._request.judges) * len(pairs))
             with _Progress(self._evaluation, self._equipment.evaluations, total) as progress:
                 answers = [
                     self._answers(i, contestant, prompts, progress)
                     for i, contestant in enumerate(contestants)
                 ]
-                # Judges may be models, too: not beside the engine.
-                self._engine.close()
-                judges = [self._judge(choice) for choice in self._request.judges]
+                judges = self._participants.judges()
                 duels = [
                     Duel(
                         j,
@@ -206,6 +171,10 @@ class EvaluationRun:
                     for j, judge in enumerate(judges)
                     for pair in pairs
                 ]
+                labellings = [
+                    *self._labellings_by_people(judges, prompts, answers),
+                    *self._labellings_by_models(judges, prompts, answers, progress),
+                ]
             self._refuse_what_was_forgotten()
             return figures(
                 contestants=[contestant.name for contestant in contestants],
@@ -213,13 +182,12 @@ class EvaluationRun:
                 prompts=prompts,
                 answers=answers,
                 duels=duels,
+                labellings=labellings,
                 settings=self._equipment.settings,
                 seed=self._request.seed,
             )
         finally:
-            self._engine.close()
-            for endpoint in self._endpoints:
-                endpoint.close()
+            self._participants.close()
 
     # -- prompts
 
@@ -231,21 +199,26 @@ class EvaluationRun:
             chosen = self._choose()
             self._files.choose(chosen)
         self._completion_ids = self._files.completion_ids()
-        return [ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"])) for one in chosen]
+        return [
+            ChatPrompt(one["key"], tuple(one["messages"]), tuple(one["checks"]), one.get("bad"))
+            for one in chosen
+        ]
 
     def _choose(self) -> list[dict[str, Any]]:
-        limit, found = self._request.limit, []
+        asked, equipment, limit = self._request.prompts, self._equipment, self._request.limit
         if self._request.files:
-            for chat in read_chats(Path(self._request.prompts)):
-                found.append(_row(chat, None))
-                if len(found) == limit:
-                    break
+            found = [_row(chat, None) for chat in islice(read_chats(Path(asked)), limit)]
+            place = asked
+        elif asked == CASES:
+            cases = Cases(equipment.store.engine).list()[-limit:]
+            # A case is forgotten under its own id, whatever it was made of.
+            found = [_row(chat, chat.key) for chat in case_chats(cases, equipment.privacy)]
+            place = "the cases"
         else:
-            equipment = self._equipment
             held_out = held_out_chats(equipment.store, equipment.held_out_share, limit, equipment.privacy)
             found = [_row(chat, completion_id) for chat, completion_id in held_out]
+            place = "the held-out side of the store"
         if len(found) < 2:
-            place = self._request.prompts if self._request.files else "the held-out side of the store"
             raise CannotEvaluate(f"prompts: there are {len(found)} in {place}, at least two are needed")
         return found
 
@@ -259,44 +232,6 @@ class EvaluationRun:
             self._files.delete_texts()
             raise CannotEvaluate("a prompt that it asks was forgotten meanwhile: ask for it again")
 
-    # -- answers
-
-    def _contestant(self, choice: ContestantChoice) -> Contestant:
-        request = self._request
-        sampling = Sampling(request.n, request.max_tokens, request.temperature)
-        if choice.version is None:
-            return EndpointContestant(choice.name, self._endpoint(choice), sampling)
-        version = self._equipment.registry.version(choice.version)
-        if version.state == "pruned":
-            raise CannotEvaluate(f"the weights of {version.name} were deleted to save disk space")
-        try:
-            return VersionContestant(
-                choice.name,
-                version.path,
-                self._engine,
-                sampling,
-                max_model_len=self._equipment.max_model_len,
-                examples=FEW_SHOT if choice.few_shot else (),
-            )
-        except ValueError as problem:
-            raise CannotEvaluate(str(problem)) from problem
-
-    def _endpoint(self, choice: ContestantChoice | JudgeChoice) -> Endpoint:
-        assert choice.url is not None and choice.model is not None
-        endpoint = Endpoint(choice.url, choice.model, self._key(choice))
-        self._endpoints.append(endpoint)
-        return endpoint
-
-    def _key(self, choice: ContestantChoice | JudgeChoice) -> str | None:
-        if choice.key_variable is None:
-            return None
-        if key := self._equipment.environment.get(choice.key_variable):
-            return key
-        raise CannotEvaluate(
-            f"{choice.key_variable}, with the key for {choice.place}, is not set in the environment of the "
-            "process that carries evaluations out"
-        )
-
     def _answers(
         self, index: int, contestant: Contestant, prompts: Sequence[ChatPrompt], progress: "_Progress"
     ) -> list[list[Answer]]:
@@ -309,46 +244,6 @@ class EvaluationRun:
             answers += [[Answer(**one) for one in own] for own in found]
             progress.step(f"answers of {contestant.name}", len(batch))
         return answers
-
-    # -- verdicts
-
-    def _check(self, choice: JudgeChoice) -> None:
-        """Raise CannotEvaluate now, rather than after all answers, where a judge is not to be had."""
-        self._key(choice)
-        if choice.kind == "reward-model":
-            if not (self._reward_model(choice) / "head.safetensors").exists():
-                raise CannotEvaluate(f"the reward model of round {choice.round} is not kept any more")
-            if self._equipment.registry.desired() is None:
-                raise CannotEvaluate("no version is in service, and a reward model reads by its tokenizer")
-
-    def _judge(self, choice: JudgeChoice) -> Judge:
-        if choice.kind == "checks":
-            return ChecksJudge()
-        if choice.kind == "endpoint":
-            return self._endpoint_judge(choice)
-        if choice.kind == "people":
-            return PeopleJudge(self._arena, wanted=choice.votes, axis=choice.axis)
-        serving = self._equipment.registry.desired()
-        assert serving is not None
-        prompt_tokens, response_tokens = self._equipment.reward_tokens
-        return RewardModelJudge(
-            f"reward model of round {choice.round}",
-            RewardModel.load(self._reward_model(choice)),
-            AutoTokenizer.from_pretrained(str(self._equipment.registry.version(serving.name).path)),
-            prompt_tokens=prompt_tokens,
-            response_tokens=response_tokens,
-            agreement=kept(self._reward_model(choice)),
-        )
-
-    def _endpoint_judge(self, choice: JudgeChoice) -> EndpointJudge:
-        assert choice.url is not None and choice.model is not None
-        judge = EndpointJudge(choice.url, choice.model, axis=choice.axis, api_key=self._key(choice))
-        self._endpoints.append(judge)
-        return judge
-
-    def _reward_model(self, choice: JudgeChoice) -> Path:
-        assert choice.round is not None
-        return reward_model_of(self._equipment.data_dir, choice.round)
 
     def _matches(
         self, prompts: Sequence[ChatPrompt], answers: Sequence[Answers], pair: tuple[int, int]
@@ -382,6 +277,47 @@ class EvaluationRun:
             progress.step(f"verdicts of {judge.name}", len(batch))
         return verdicts
 
+    # -- labels
+
+    def _labellings_by_people(
+        self, judges: Sequence[Judge], prompts: Sequence[ChatPrompt], answers: Sequence[Answers]
+    ) -> Iterator[Labelling]:
+        """Yield the labels that came with votes, of each kind of people who gave any."""
+        for judge in judges:
+            if not isinstance(judge, PeopleJudge):
+                continue
+            opinions: list[list[list[list[str]]]] = [[[] for one in own for _ in one] for own in answers]
+            for first, second in combinations(range(len(answers)), 2):
+                matches = self._matches(prompts, answers, (first, second))
+                given = judge.labels([match for own in matches for match in own])
+                for at, (ours, theirs) in enumerate(given):
+                    opinions[first][at] += ours
+                    opinions[second][at] += theirs
+            if any(labels for own in opinions for given_ in own for labels in given_):
+                yield Labelling(judge.name, opinions)
+
+    def _labellings_by_models(
+        self,
+        judges: Sequence[Judge],
+        prompts: Sequence[ChatPrompt],
+        answers: Sequence[Answers],
+        progress: "_Progress",
+    ) -> Iterator[Labelling]:
+        """Yield the labels of each language model that is to give some, with one opinion an answer."""
+        for j, (choice, judge) in enumerate(zip(self._request.judges, judges, strict=True)):
+            if not (choice.labels and isinstance(judge, EndpointJudge)):
+                continue
+            opinions = []
+            for i, own in enumerate(answers):
+                labels: list[list[str] | None] = []
+                for number, batch in _batches(list(zip(prompts, own, strict=True))):
+                    self._refuse_what_was_forgotten()
+                    asked = [(prompt, one.text) for prompt, given in batch for one in given]
+                    labels += self._files.labels(j, i, number, partial(judge.labels, asked))
+                    progress.step(f"labels of {judge.name}", len(batch))
+                opinions.append([[] if one is None else [one] for one in labels])
+            yield Labelling(judge.name, opinions)
+
 
 class _Progress:
     """How far an evaluation is: in the store, on a terminal as a bar, in a log by step."""
@@ -400,6 +336,7 @@ class _Progress:
         self._bar.close()
 
     def step(self, name: str, count: int) -> None:
+        """Note that so much more is there; raises EvaluationConflict if the evaluation was cancelled."""
         self._done += count
         self._evaluations.progress(self._evaluation.id, name, self._done, self._total)
         self._bar.set_description(name, refresh=False)
@@ -420,4 +357,5 @@ def _asked(contestant: Contestant, batch: Sequence[ChatPrompt], seed: int) -> li
 
 def _row(chat: ChatPrompt, completion_id: str | None) -> dict[str, Any]:
     row = {"key": chat.key, "messages": list(chat.messages), "checks": list(chat.checks)}
+    row |= {} if chat.bad is None else {"bad": chat.bad}
     return row if completion_id is None else row | {"completion_id": completion_id}

@@ -1,7 +1,7 @@
-"""What came of an evaluation as figures: win rates, ties and leaderboards by judge and by axis, lengths.
+"""What came of an evaluation as figures: win rates, ties, leaderboards by judge and by axis, lengths, labels.
 
-Owns which figures there are; intervals are `comparison`'s, ratings `leaderboard`'s. The result is plain JSON
-and has no text of prompts or answers in it.
+Owns which figures there are; intervals are `comparison`'s, ratings `leaderboard`'s, shares of labels those of
+`evaluation.labels`. The result is plain JSON and has no text of prompts or answers in it.
 """
 
 import warnings
@@ -13,7 +13,8 @@ from evaluation.agreement import statement
 from evaluation.checks import words
 from evaluation.comparison import clustered_mean, win_rate
 from evaluation.contestants import Answer
-from evaluation.judges import ChatPrompt, ChecksJudge, Judge
+from evaluation.judges import CasesJudge, ChatPrompt, ChecksJudge, Judge
+from evaluation.labels import Labelling, label_shares
 from evaluation.leaderboard import Match, bradley_terry, style_controlled, style_of
 from evaluation.people_judge import PeopleJudge
 from evaluation.settings import EvaluationSettings
@@ -40,13 +41,16 @@ def figures(
     prompts: Sequence[ChatPrompt],
     answers: Sequence[Answers],
     duels: Sequence[Duel],
+    labellings: Sequence[Labelling],
     settings: EvaluationSettings,
     seed: int,
 ) -> dict[str, Any]:
     """Return the result of an evaluation as plain JSON.
 
-    One table a judge, and one an axis where several judges judge by it: all their verdicts together.
+    One table a judge, and one an axis where several judges judge by it: all their verdicts together. One
+    table of labels for each who gave some.
     """
+    keys = [prompt.key for prompt, own in zip(prompts, answers[0], strict=True) for _ in own]
     tables = [(judge.name, judge.axis, [j]) for j, judge in enumerate(judges)]
     for axis in dict.fromkeys(judge.axis for judge in judges):
         same = [j for j, judge in enumerate(judges) if judge.axis == axis]
@@ -84,6 +88,7 @@ def figures(
                 for name, axis, own in tables
             )
         ],
+        "labels": [label_shares(one, contestants, keys, settings, seed) for one in labellings],
     }
 
 
@@ -200,6 +205,9 @@ def _statement(judge: Judge) -> str:
     """Say how far a judge is to be believed."""
     if isinstance(judge, ChecksJudge):
         return "A program, which does not err about what it checks."
+    if isinstance(judge, CasesJudge):
+        by = "nothing" if judge.reference is None else f"the {judge.reference.name}"
+        return f"Programs where a case has checks, else {by}. {statement(judge.agreement)}"
     if isinstance(judge, PeopleJudge):
         return "People, who did not know whose answers they compared."
     return statement(judge.agreement)

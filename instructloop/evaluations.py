@@ -1,4 +1,4 @@
-"""The `instructloop evaluate` and `evaluations` commands: compare contestants; list, show and report that.
+"""The `instructloop evaluate` and `evaluations` commands: compare contestants; list, report, cancel that.
 
 They parse and print; what a request may hold is `registry`'s, carrying it out `evaluation`'s.
 """
@@ -44,16 +44,18 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default="held-out",
         metavar="FILE",
-        help='JSON lines with "prompt" or "messages" and perhaps "checks" (default: the held-out prompts of '
-        "the store)",
+        help='JSON lines with "prompt" or "messages" and perhaps "checks", or `cases` for those of '
+        "`instructloop cases` (default: `held-out`, prompts of the store that no round trains on)",
     )
     parser.add_argument(
         "--judge",
         action="append",
         default=[],
         metavar="JUDGE",
-        help="reward-model[:ROUND], checks, [AXIS=]URL#MODEL[#KEY_VARIABLE], or [AXIS=]people[:VOTES] in the "
-        "arena; may be repeated (default: the prompts' checks, and the last round's reward model)",
+        help="reward-model[:ROUND], checks, cases (who passes them), [AXIS=]URL#MODEL[#KEY_VARIABLE], with "
+        "AXIS+labels= for InstructGPT's labels too, or [AXIS=]people[:VOTES] in the arena; may be repeated "
+        "(default: the prompts' checks, with `--prompts cases` who passes them, and the last round's reward "
+        "model)",
     )
     for name, kind, text in _SAMPLING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
@@ -64,7 +66,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=int,
         metavar="N",
-        help="go on with evaluation N, which was stopped, or count people's votes anew",
+        help="go on with evaluation N, which was stopped or cancelled, or count people's votes anew",
     )
 
 
@@ -85,12 +87,14 @@ def add_listing_to(parser: argparse.ArgumentParser) -> None:
         found.add_argument("--json", action="store_true", help="print JSON")
     report = add("report", _report, "write one as an HTML page: leaderboards, win rates, answers")
     report.add_argument("--output", type=Path, help="the file (default: evaluation-NNNN.html)")
-    for found in (show, report):
+    cancel = add("cancel", _cancel, "end one that waits or runs; `evaluate --resume N` takes it up again")
+    cancel.add_argument("--reason", default="", help="written to the log")
+    for found in (show, report, cancel):
         found.add_argument("n", type=int, metavar="N", help="the evaluation's number")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Compare contestants now, or go on with it, or ask the trainer to; exit code 1 when it failed."""
+    """Compare contestants now, or go on with it, or ask the trainer to; exit code 1 without a result."""
     from instructloop import parts
 
     config = _config(arguments)
@@ -132,16 +136,29 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cancel(arguments: argparse.Namespace) -> int:
+    from instructloop import access, installation
+    from registry.audit import AuditLog
+    from registry.evaluations import Evaluations
+
+    engine, who = installation.open_database(_config(arguments)), access.actor()
+    with AuditLog(engine).refusals(who, "cancel_evaluation", f"evaluation {arguments.n}"):
+        before = Evaluations(engine).cancel(arguments.n, who, arguments.reason)
+    stops = ": it stops at its next step" if before.state == "running" else ""
+    print(f"evaluation {arguments.n} is cancelled{stops}")
+    return 0
+
+
 def _request(arguments: argparse.Namespace) -> "EvaluationRequest":
     """Read the arguments; raises BadEvaluation naming the one at fault."""
     from pydantic import ValidationError
 
-    from registry.evaluation_request import HELD_OUT, EvaluationRequest
+    from registry.evaluation_request import CASES, HELD_OUT, EvaluationRequest
 
     prompts = arguments.prompts
     values = {
         "contestants": arguments.contestants,
-        "prompts": prompts if prompts == HELD_OUT else str(Path(prompts).resolve()),
+        "prompts": prompts if prompts in (HELD_OUT, CASES) else str(Path(prompts).resolve()),
         "judges": arguments.judge,
     }
     values |= {
@@ -158,6 +175,7 @@ def _request(arguments: argparse.Namespace) -> "EvaluationRequest":
 
 def _ask(config: "Config", request: "EvaluationRequest", evaluations: "Evaluations") -> "Evaluation":
     """Write the request down; what is refused stands in the audit log, too."""
+    from feedback.cases import Cases
     from instructloop import access, installation
     from registry.audit import AuditLog
     from registry.evaluation_request import resolve
@@ -165,12 +183,17 @@ def _ask(config: "Config", request: "EvaluationRequest", evaluations: "Evaluatio
     engine, who = installation.open_database(config), access.actor()
     registry = installation.open_registry(config, engine)
     with AuditLog(engine).refusals(who, "request_evaluation"):
-        return evaluations.request(resolve(request, registry, config.data_dir), who)
+        whole = resolve(request, registry, config.data_dir, cases=Cases(engine).list)
+        return evaluations.request(whole, who)
 
 
 def _ended(config: "Config", evaluation: "Evaluation", output: Path | None) -> int:
     if evaluation.state == "failed":
         print(f"evaluation {evaluation.id} failed: {evaluation.error}", file=sys.stderr)
+        return 1
+    if evaluation.state == "cancelled":
+        again = f"`instructloop evaluate --resume {evaluation.id}` goes on with it"
+        print(f"evaluation {evaluation.id} was cancelled: {again}", file=sys.stderr)
         return 1
     _print(evaluation)
     print(f"the report is {_write_report(config, evaluation.id, output)}", file=sys.stderr)
@@ -186,6 +209,9 @@ def _print(evaluation: "Evaluation") -> None:
             print(evaluation.error)
         return
     listings.show(listings.win_rates(evaluation.result))
+    if labels := evaluation.result.get("labels"):
+        print()
+        listings.show(listings.labels(labels))
 
 
 def _write_report(config: "Config", number: int, output: Path | None) -> Path:

@@ -170,11 +170,22 @@ def win_rates(result: "Mapping[str, Any]") -> Rows:
                     table["axis"],
                     pair["first"],
                     pair["second"],
-                    "-" if rate is None else "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**rate),
+                    _interval(rate),
                     str(pair["ties"]),
                     str(pair["verdicts"]),
                 )
             )
+    return rows
+
+
+def labels(found: "Sequence[Mapping[str, Any]]") -> Rows:
+    """Share of each contestant's answers with each label, by who gave some, below how many they looked at."""
+    rows: Rows = [("LABELS BY", "LABEL", *(one["name"] for one in found[0]["contestants"]))]
+    for source in found:
+        name, contestants = source["source"], source["contestants"]
+        rows.append((name, "(answers)", *(str(one["answers"]) for one in contestants)))
+        for label in contestants[0]["shares"]:
+            rows.append((name, label, *(_interval(one["shares"][label]) for one in contestants)))
     return rows
 
 
@@ -308,6 +319,10 @@ def text(value: Any) -> str:
         case float():
             return f"{value:.4g}"
     return json.dumps(value)
+
+
+def _interval(found: "Mapping[str, float] | None") -> str:
+    return "-" if found is None else "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def _share(value: float | None) -> str:

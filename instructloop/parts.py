@@ -295,7 +295,8 @@ def _progress(what: str) -> Callable[[int], None]:
 
 
 def _evaluator(config: Config, engine: "sqlalchemy.Engine") -> "Evaluator":
-    from evaluation.run import Equipment, Evaluator
+    from evaluation.participants import Equipment
+    from evaluation.run import Evaluator
     from feedback.privacy import PrivacyFilter
     from feedback.store import Store
     from registry.evaluations import Evaluations

@@ -4,6 +4,7 @@ Owns the request's form and what has to be there for it; carrying it out is `eva
 """
 
 import re
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -13,11 +14,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from registry.registry import Registry, UnknownVersion
 
 Axis = Literal["overall", "helpful", "honest", "harmless", "attempts", "constraints", "truthful"]
-JudgeKind = Literal["reward-model", "checks", "endpoint", "people"]
+JudgeKind = Literal["reward-model", "checks", "cases", "endpoint", "people"]
 
 HELD_OUT = "held-out"
 """In the place of a prompt file: the store's prompts that no round trains on."""
+CASES = "cases"
+"""In the place of a prompt file: the prompts of the operators' cases."""
 FEW_SHOT = "+few-shot"
+LABELS = "+labels"
 
 
 class UnsuitableRequest(ValueError):  # noqa: N818
@@ -93,24 +97,32 @@ class JudgeChoice(_Asked):
     """Who judges: `kind` and what it takes.
 
     `reward-model` is that of a `round`'s held-out side, on which no policy was trained. `checks` are the
-    prompts' own. `endpoint` is a language model, asked by one `axis`, and `people` are those in the arena, by
-    the majority of so many `votes`. As text: `reward-model`, `reward-model:3`, `checks`, `URL#MODEL` or
-    `URL#MODEL#VARIABLE`, `people` or `people:3`, and the last two with an axis as in `helpful=URL#MODEL`.
+    prompts' own. `cases`, for the prompts of cases, tells who passes them, by a `round`'s reward model where
+    they have no checks. `endpoint` is a language model, asked by one `axis`, and `people` are those in the
+    arena, by the majority of so many `votes`. As text: `reward-model`, `checks`, `cases`, `URL#MODEL` or
+    `URL#MODEL#VARIABLE`, `people`; a round or votes follow as in `people:3`, and an axis stands before the
+    last two as in `helpful=URL#MODEL`, with `helpful+labels=URL#MODEL` for `labels`.
     """
 
     kind: JudgeKind
     round: int | None = Field(None, ge=1, lt=2**31, description="Whose reward model; unset: the last one's")
     axis: Axis = Field("overall", description="By what an endpoint or people judge")
     votes: int = Field(1, ge=1, le=100, description="How many people are asked about a pair")
+    labels: bool = Field(
+        default=False,
+        description="Also ask an endpoint which of InstructGPT's labels hold of each answer, one by one",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "JudgeChoice":
         if (self.kind == "endpoint") != (self.url is not None):
             raise ValueError("url and model are for the kind endpoint, and it needs them")
-        if self.round is not None and self.kind != "reward-model":
-            raise ValueError("round is for the kind reward-model")
+        if self.round is not None and self.kind not in ("reward-model", "cases"):
+            raise ValueError("round is for the kinds reward-model and cases")
         if self.axis != "overall" and self.kind not in ("endpoint", "people"):
             raise ValueError("axis is for the kinds endpoint and people")
+        if self.labels and self.kind != "endpoint":
+            raise ValueError("labels is for the kind endpoint: people give them with their votes")
         if self.votes != 1 and self.kind != "people":
             raise ValueError("votes is for the kind people")
         return self
@@ -138,14 +150,21 @@ def _judge(value: Any) -> Any:
         axis, separator, endpoint = value.partition("=")
         if "://" in axis or not separator:
             axis, endpoint = "overall", value
-        return {"kind": "endpoint", "axis": axis, **_endpoint(endpoint)}
+        labels = axis.endswith(LABELS)
+        return {
+            "kind": "endpoint",
+            "axis": axis.removesuffix(LABELS),
+            **({"labels": True} if labels else {}),
+            **_endpoint(endpoint),
+        }
     name, colon, number = value.partition(":")
     axis, _, kind = name.rpartition("=")
     if kind == "people":
         return {"kind": kind, **({"axis": axis} if axis else {}), **({"votes": number} if colon else {})}
-    if name not in ("reward-model", "checks"):
+    if name not in ("reward-model", "checks", "cases"):
         raise ValueError(
-            f"{value!r} is none of reward-model, reward-model:ROUND, checks, URL#MODEL, people, people:VOTES"
+            f"{value!r} is none of reward-model, reward-model:ROUND, checks, cases, URL#MODEL, people, "
+            "people:VOTES"
         )
     return {"kind": name, **({"round": number} if colon else {})}
 
@@ -163,12 +182,13 @@ class EvaluationRequest(BaseModel):
         min_length=1,
         max_length=1000,
         pattern=r"^[^\x00-\x1f]*$",
-        description=f"A JSON-lines file of prompts, or `{HELD_OUT}`: those of the store",
+        description=f"A JSON-lines file of prompts, `{HELD_OUT}`: those of the store, or `{CASES}`",
     )
     judges: list[Annotated[JudgeChoice, BeforeValidator(_judge)]] = Field(
         [],
         max_length=16,
-        description="Who judges; unset: the prompts' checks, and the last round's reward model if it is kept",
+        description="Who judges; unset: the prompts' checks, for cases also who passes them, and the last "
+        "round's reward model if it is kept",
     )
     n: int = Field(1, ge=1, le=16, description="How many answers each contestant gives to a prompt")
     max_tokens: int = Field(256, ge=1, le=100_000, description="The longest answer, in tokens")
@@ -193,7 +213,7 @@ class EvaluationRequest(BaseModel):
     @property
     def files(self) -> bool:
         """Whether the prompts are in a file rather than the store."""
-        return self.prompts != HELD_OUT
+        return self.prompts not in (HELD_OUT, CASES)
 
 
 def reward_model_of(data_dir: Path, round_id: int) -> Path:
@@ -201,18 +221,27 @@ def reward_model_of(data_dir: Path, round_id: int) -> Path:
     return data_dir / "rounds" / f"{round_id:04d}" / "judge"
 
 
-def resolve(request: EvaluationRequest, registry: Registry, data_dir: Path) -> EvaluationRequest:
+def resolve(
+    request: EvaluationRequest, registry: Registry, data_dir: Path, *, cases: Callable[[], Sized]
+) -> EvaluationRequest:
     """Return the request with every choice made that was left open, once all that it names is there.
 
-    Raises UnsuitableRequest naming the field.
+    `cases` returns the cases that there are. Raises UnsuitableRequest naming the field.
     """
     contestants = [_known(one, i, registry) for i, one in enumerate(request.contestants)]
     kept = _kept_rounds(data_dir)
     chosen = request.judges or [
         JudgeChoice(kind="checks"),
+        *([JudgeChoice(kind="cases")] if request.prompts == CASES else []),
         *([JudgeChoice(kind="reward-model")] if kept else []),
     ]
     judges = [_kept(one, i, kept) for i, one in enumerate(chosen)]
+    if request.prompts != CASES and any(judge.kind == "cases" for judge in judges):
+        raise UnsuitableRequest("judges", f"cases judges answers to the prompts `{CASES}` and no others")
+    if request.prompts == CASES and (count := len(cases())) < 2:
+        raise UnsuitableRequest(
+            "prompts", f"at least two cases are needed, and there are {count} (`instructloop cases`)"
+        )
     if request.files and not Path(request.prompts).is_file():
         raise UnsuitableRequest("prompts", f"there is no file {request.prompts}")
     try:
@@ -250,8 +279,10 @@ def _kept_rounds(data_dir: Path) -> list[int]:
 
 def _kept(judge: JudgeChoice, index: int, kept: list[int]) -> JudgeChoice:
     field = f"judges.{index}"
-    if judge.kind != "reward-model":
+    if judge.kind not in ("reward-model", "cases"):
         return judge
+    if judge.kind == "cases" and judge.round is None and not kept:
+        return judge  # Cases with checks need no reward model, and the others get no verdict.
     if not kept:
         raise UnsuitableRequest(field, "no round has left a reward model yet")
     if judge.round is not None and judge.round not in kept:

@@ -1,7 +1,7 @@
 """Evaluations as rows: what is to be compared by whom, who asked for it, where it stands, what came of it.
 
-Owns an evaluation's life (`requested`, `running`, then `done` or `failed`). It asks no model anything:
-`evaluation.run` carries out what stands here, in the trainer's process or on the command line.
+Owns an evaluation's life (`requested`, `running`, then `done`, `failed` or `cancelled`). It asks no model
+anything: `evaluation.run` carries out what stands here, in the trainer's process or on the command line.
 """
 
 import time
@@ -15,7 +15,7 @@ from registry import audit
 from registry.evaluation_request import EvaluationRequest
 from registry.tables import EVALUATIONS
 
-EvaluationState = Literal["requested", "running", "done", "failed"]
+EvaluationState = Literal["requested", "running", "done", "failed", "cancelled"]
 
 MOST_ATTEMPTS = 20
 """How often an evaluation is begun; beyond that it is no power cut, but the kernel that kills it."""
@@ -95,32 +95,31 @@ class Evaluations:
             rows = connection.execute(query.order_by(EVALUATIONS.c.id))
             return [Evaluation(**row._mapping) for row in rows]
 
-    def begin(self, evaluation_id: int) -> Evaluation:
+    def begin(self, evaluation_id: int, *, again: bool = False) -> Evaluation:
         """Note that it is carried out from now on.
 
-        One that is done is begun again if people judge: they may have voted since. Raises UnknownEvaluation,
-        and EvaluationConflict if it has ended.
+        With `again`, also one that was cancelled, and one that is done if people judge: they may have voted
+        since. Raises UnknownEvaluation, and EvaluationConflict if it has ended.
         """
-        table = EVALUATIONS
         with self._engine.begin() as connection:
             before = self._get(connection, evaluation_id)
-            again = before.state == "done" and before.asked.by_people
-            if not again:
+            ended = before.state == "cancelled" or (before.state == "done" and before.asked.by_people)
+            if not (again and ended):
                 self._require(before, "requested", "running")
             change = {
                 "state": "running",
                 "started_at": before.started_at or time.time(),
-                "attempts": 1 if again else before.attempts + 1,
+                "ended_at": None,
+                "attempts": 1 if ended else before.attempts + 1,
             }
-            connection.execute(sa.update(table).where(table.c.id == evaluation_id).values(**change))
+            self._change(connection, evaluation_id, change, before.state)
             return self._get(connection, evaluation_id)
 
     def progress(self, evaluation_id: int, step: str, done: int, total: int) -> None:
-        """Note how far it is."""
-        table = EVALUATIONS
+        """Note how far it is; raises EvaluationConflict if it does not run any more: it was cancelled."""
         change = {"step": step[:200], "done": done, "total": total}
         with self._engine.begin() as connection:
-            connection.execute(sa.update(table).where(table.c.id == evaluation_id).values(**change))
+            self._change(connection, evaluation_id, change, "running")
 
     def finish(
         self, evaluation_id: int, result: Mapping[str, Any] | None = None, error: str | None = None
@@ -129,7 +128,6 @@ class Evaluations:
 
         What came of it before stays where it was begun again and failed.
         """
-        table = EVALUATIONS
         change: dict[str, Any] = {
             "state": "done" if error is None else "failed",
             "error": error,
@@ -138,8 +136,20 @@ class Evaluations:
         if result is not None:
             change["result"] = dict(result)
         with self._engine.begin() as connection:
-            self._require(self._get(connection, evaluation_id), "requested", "running")
-            connection.execute(sa.update(table).where(table.c.id == evaluation_id).values(**change))
+            self._change(connection, evaluation_id, change, "requested", "running")
+
+    def cancel(self, evaluation_id: int, actor: str, reason: str = "") -> Evaluation:
+        """End one that waits or runs; whoever carries it out stops when it next notes how far it is.
+
+        Returns it as it was before. Raises UnknownEvaluation, and EvaluationConflict if it has ended.
+        """
+        with self._engine.begin() as connection:
+            before = self._get(connection, evaluation_id)
+            change = {"state": "cancelled", "ended_at": time.time()}
+            self._change(connection, evaluation_id, change, "requested", "running")
+            target = f"evaluation {evaluation_id}"
+            audit.write(connection, actor, "cancel_evaluation", target, detail=reason)
+            return before
 
     def get(self, evaluation_id: int) -> Evaluation:
         """One evaluation; raises UnknownEvaluation."""
@@ -158,6 +168,19 @@ class Evaluations:
         if row is None:
             raise UnknownEvaluation(f"there is no evaluation {evaluation_id}")
         return Evaluation(**row._mapping)
+
+    def _change(
+        self,
+        connection: sa.Connection,
+        evaluation_id: int,
+        change: Mapping[str, Any],
+        *states: EvaluationState,
+    ) -> None:
+        """Change one that is in one of these states, whoever else changes it now; else EvaluationConflict."""
+        table = EVALUATIONS
+        there = sa.and_(table.c.id == evaluation_id, table.c.state.in_(states))
+        if connection.execute(sa.update(table).where(there).values(**change)).rowcount == 0:
+            self._require(self._get(connection, evaluation_id), *states)
 
     @staticmethod
     def _require(evaluation: Evaluation, *states: EvaluationState) -> None:

@@ -65,6 +65,7 @@ ROUTES: tuple[tuple[str, str, frozenset[CallerRole]], ...] = (
     ("POST", "/v1/evaluations", _OPERATOR),
     ("GET", "/v1/evaluations/{id}", _OPERATOR),
     ("GET", "/v1/evaluations/{id}/report", _OPERATOR),
+    ("POST", "/v1/evaluations/{id}/cancel", _OPERATOR),
     ("GET", "/v1/dead-letters", _OPERATOR),
     ("GET", "/v1/dead-letters/{id}", _OPERATOR),
     ("POST", "/v1/dead-letters/{id}/fix", _OPERATOR),

@@ -303,6 +303,13 @@ class EvaluationRequested(BaseModel):
     state: Literal["requested"]
 
 
+class EvaluationCancelled(BaseModel):
+    """The evaluation that was cancelled; one that ran stops at its next step."""
+
+    id: int
+    state: Literal["cancelled"]
+
+
 class Audit(BaseModel):
     """What operators did or were refused, newest first."""
 

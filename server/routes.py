@@ -118,6 +118,7 @@ def all_routers(
         EvaluationRoutes(
             evaluations=Evaluations(database),
             registry=registry,
+            cases=Cases(database),
             audit=audit,
             data_dir=data_dir,
             report=above.evaluation_report,

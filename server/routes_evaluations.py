@@ -1,4 +1,4 @@
-"""HTTP routes for operators to ask for evaluations, and to see how far they are and what came of them.
+"""HTTP routes for operators to ask for evaluations, see how far they are and what came of them, cancel them.
 
 They write requests down and read; the trainer's process carries them out.
 """
@@ -13,16 +13,17 @@ from fastapi import Path as PathParameter
 from pydantic import ValidationError
 from starlette.responses import HTMLResponse, Response
 
+from feedback.cases import Cases
 from registry.audit import AuditLog
 from registry.evaluation_request import EvaluationRequest, UnsuitableRequest, resolve
 from registry.evaluations import Evaluation, Evaluations
 from registry.registry import Registry
-from server.answers import EvaluationList, EvaluationRequested
+from server.answers import EvaluationCancelled, EvaluationList, EvaluationRequested, Move
 from server.body import parse_object
 from server.context import CALLER
 from server.errors import Problem, invalid_field
 from server.openapi import problems, takes
-from server.routes_operator import actor, known, page
+from server.routes_operator import actor, known, page, reason_of
 
 EvaluationId = Annotated[int, PathParameter(ge=1, lt=2**31)]
 
@@ -35,12 +36,14 @@ class EvaluationRoutes:
         *,
         evaluations: Evaluations,
         registry: Registry,
+        cases: Cases,
         audit: AuditLog,
         data_dir: FilePath,
         report: Callable[[int], str],
     ) -> None:
         self._evaluations = evaluations
         self._registry = registry
+        self._cases = cases
         self._audit = audit
         self._data_dir = data_dir
         self._report = report
@@ -65,6 +68,13 @@ class EvaluationRoutes:
             response_class=HTMLResponse,
             responses=problems(404),
         )
+        add(
+            "/v1/evaluations/{evaluation_id}/cancel",
+            self.cancel,
+            methods=["POST"],
+            responses=problems(404, 409),
+            openapi_extra=takes(Move),
+        )
         return router
 
     async def list(self, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> EvaluationList:
@@ -81,7 +91,8 @@ class EvaluationRoutes:
 
         def ask() -> Evaluation:
             with self._audit.refusals(who, "request_evaluation"):
-                whole = resolve(self._within_prompts(wanted), self._registry, self._data_dir)
+                found = self._within_prompts(wanted)
+                whole = resolve(found, self._registry, self._data_dir, cases=self._cases.list)
                 return self._evaluations.request(whole, who)
 
         try:
@@ -97,6 +108,17 @@ class EvaluationRoutes:
     async def report(self, evaluation_id: EvaluationId) -> Response:
         """Return the page about one evaluation, as far as it is."""
         return page(await known(self._report, evaluation_id))
+
+    async def cancel(self, evaluation_id: EvaluationId, request: Request) -> EvaluationCancelled:
+        """End one that waits or runs, which then stops at its next step; 409 if it has ended."""
+        who, reason = actor(CALLER.get()), await reason_of(request)
+
+        def cancel() -> Evaluation:
+            with self._audit.refusals(who, "cancel_evaluation", f"evaluation {evaluation_id}"):
+                return self._evaluations.cancel(evaluation_id, who, reason)
+
+        cancelled = await known(cancel)
+        return EvaluationCancelled(id=cancelled.id, state="cancelled")
 
     def _within_prompts(self, request: EvaluationRequest) -> EvaluationRequest:
         """Look a file up in the one directory that is for them: no other one is to be read for a request."""

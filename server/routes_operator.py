@@ -15,7 +15,7 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from registry.audit import AuditLog
-from registry.evaluations import UnknownEvaluation
+from registry.evaluations import EvaluationConflict, UnknownEvaluation
 from registry.registry import (
     STALE_SECONDS,
     BrokenVersion,
@@ -231,7 +231,7 @@ async def known(function: Callable[..., _Found], *arguments: Any) -> _Found:
         return await anyio.to_thread.run_sync(function, *arguments)
     except (UnknownVersion, UnknownRound, UnknownEvaluation) as error:
         raise Problem(404, str(error)) from error
-    except (IllegalTransition, BrokenVersion) as error:
+    except (IllegalTransition, BrokenVersion, EvaluationConflict) as error:
         raise Problem(409, str(error)) from error
 
 

@@ -11,8 +11,10 @@ from unit.training.installation import Installation
 from unit.training.tiny import TransformersSampler, tiny_model
 
 from evaluation import evaluation_files, tournament
-from evaluation.run import Equipment, Evaluator
+from evaluation.participants import Equipment
+from evaluation.run import Evaluator
 from evaluation.settings import EvaluationSettings
+from feedback.cases import Cases
 from registry.evaluation_request import EvaluationRequest, resolve
 from registry.evaluations import Evaluations
 
@@ -50,7 +52,8 @@ def ask(installation: Installation, **request: Any) -> int:
     """Write a request down, with a few short answers, and return its number."""
     values = {"contestants": ["policy-0000", "policy-0001"], "n": 2, "max_tokens": 6, "judges": ["checks"]}
     wanted = EvaluationRequest(**values | request)
-    whole = resolve(wanted, installation.registry, installation.directory)
+    cases = Cases(installation.engine).list
+    whole = resolve(wanted, installation.registry, installation.directory, cases=cases)
     return Evaluations(installation.engine).request(whole, "test").id
 
 

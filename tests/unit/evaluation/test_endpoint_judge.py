@@ -2,14 +2,11 @@
 
 import json
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from unit.evaluation.scripted_endpoint import Endpoint, Reply, said
 
 from evaluation.endpoint import EndpointProblem
 from evaluation.endpoint_judge import (
@@ -21,61 +18,7 @@ from evaluation.endpoint_judge import (
     read_verdict,
 )
 from evaluation.judges import ChatPrompt, Pair
-
-Reply = tuple[int, dict[str, str], str]
-Script = Callable[[dict[str, Any]], Reply]
-
-
-class Endpoint:
-    """What the server was asked, and how it answers."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.most_at_once = 0
-        self._at_once = 0
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with endpoint._lock:
-                    endpoint.asked.append(body | {"path": self.path})
-                    endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
-                    endpoint._at_once += 1
-                    endpoint.most_at_once = max(endpoint.most_at_once, endpoint._at_once)
-                status, headers, text = endpoint.script(body)
-                with endpoint._lock:
-                    endpoint._at_once -= 1
-                data = text.encode()
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1/"
-        finally:
-            server.shutdown()
-            server.server_close()
-
-
-def said(text: str) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+from evaluation.labels import LABELS
 
 
 def answers_of(body: dict[str, Any]) -> tuple[str, str]:
@@ -148,6 +91,40 @@ def test_an_endpoint_without_schemas_is_asked_without() -> None:
     with endpoint.running() as url, EndpointJudge(url, "m", concurrency=1) as judge:
         assert judge.compare(PAIRS) == [1.0, 0.0, 0.5]
     assert ["response_format" in body for body in endpoint.asked] == [True] + [False] * 6
+
+
+def finds_labels(body: dict[str, Any]) -> Reply:
+    """A frog in an answer makes it one that was made up; one that is bad gives no labels that can be read."""
+    (answer,) = re.findall(r"<answer>\n(.*?)\n</answer>", body["messages"][-1]["content"], re.DOTALL)
+    if "bad" in answer:
+        return said("I would rather not.")
+    return said(json.dumps({"explanation": "x", "labels": ["hallucination"] if "frog" in answer else []}))
+
+
+def test_each_answer_is_labelled_in_a_request_of_its_own() -> None:
+    endpoint = Endpoint(finds_labels)
+    prompt = ChatPrompt("p", ({"role": "user", "content": "Name a toad."},))
+    with endpoint.running() as url, EndpointJudge(url, "m", concurrency=1) as judge:
+        found = judge.labels([(prompt, "a frog"), (prompt, "a toad"), (prompt, "bad")])
+    assert found == [["hallucination"], [], None]
+    assert len(endpoint.asked) == 3
+    for body in endpoint.asked:
+        schema = body["response_format"]["json_schema"]["schema"]
+        assert schema["properties"]["labels"]["items"]["enum"] == list(LABELS)
+        assert "USER: Name a toad." in body["messages"][-1]["content"]
+        assert all(f"{label}: " in body["messages"][-1]["content"] for label in LABELS)
+
+
+def test_labels_are_asked_for_without_a_schema_too_and_one_that_is_too_long_has_none() -> None:
+    def plain_and_short(body: dict[str, Any]) -> Reply:
+        refused = "response_format" in body or "x" * 99 in str(body["messages"])
+        return (400, {}, "no") if refused else finds_labels(body)
+
+    prompt = ChatPrompt("p", ({"role": "user", "content": "Name a toad."},))
+    with Endpoint(plain_and_short).running() as url, EndpointJudge(url, "m", concurrency=1) as judge:
+        assert judge.labels([(prompt, "a frog"), (prompt, "x" * 99)]) == [["hallucination"], None]
+        with pytest.raises(EndpointProblem, match="400: no"):
+            judge.labels([(prompt, "x" * 99)])
 
 
 def test_a_pair_that_is_too_long_has_no_verdict_and_the_others_have() -> None:

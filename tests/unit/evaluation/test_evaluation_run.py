@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from unit.evaluation.evaluating import ask, evaluator, installation_with_two_versions, run_in_a_process
+from unit.evaluation.scripted_endpoint import Endpoint, Reply, said
 from unit.training.installation import Installation
 from unit.training.tiny import TransformersSampler
 
@@ -15,7 +16,9 @@ from evaluation.evaluation_files import EvaluationFiles, evaluation_directory
 from evaluation.evaluation_report import evaluation_report
 from evaluation.reward_model import RewardModel
 from evaluation.run import EvaluationBusy
+from feedback.cases import Cases
 from feedback.forgetting import Forgettings
+from feedback.new_case import NewCase
 from registry.arena import Arena
 from registry.evaluations import MOST_ATTEMPTS, Evaluation, EvaluationConflict, Evaluations
 
@@ -161,6 +164,86 @@ def test_a_prompt_that_is_forgotten_while_it_is_asked_ends_the_evaluation(instal
     assert not (files.directory / "answers").exists()
 
 
+def test_cases_are_asked_and_judged_and_go_when_whoever_they_are_of_is_forgotten(
+    installation: Installation,
+) -> None:
+    installation.give_feedback(seed=1)
+    RewardModel.from_decoder(installation.registry.version("policy-0001").path).save(
+        installation.directory / "rounds" / "0004" / "judge"
+    )
+    cases = Cases(installation.engine)
+
+    def add(validate: Any = lambda *_: None, **new: Any) -> str:
+        return cases.add(NewCase(**new), actor="ann", validate=validate).id
+
+    check = {"kind": "mentions_any", "words": ["w7"]}
+    # Its bad answer is the recorded one, and a person can be forgotten by it.
+    recorded = add(completion_id="chatcmpl-1-0", choice=0, good="w5 w6")
+    checked = add(messages=[{"role": "user", "content": "w1 w2"}], checks=[check])
+    add(messages=[{"role": "user", "content": "w3 w4"}], checks=[check])
+    removed = add(messages=[{"role": "user", "content": "w5 w6"}], checks=[check])
+    cases.remove(removed, actor="ann")
+    number = ask(installation, prompts="cases", judges=[])
+    ended = carried_out(installation, number)
+    assert ended.state == "done", ended.error
+    assert ended.result is not None
+    files = files_of(installation, number)
+    prompts = files.prompts()
+    assert prompts is not None
+    assert [prompt["key"] for prompt in prompts][:2] == [recorded, checked]
+    assert (len(prompts), ended.result["prompts_with_checks"]) == (3, 2)
+    assert prompts[0]["messages"] == installation.store.completion("chatcmpl-1-0")[0].messages
+    # Two answers of each to three prompts; the one without checks is judged beside its bad answer.
+    given = [(table["name"], table["pairs"][0]["verdicts"]) for table in ended.result["tables"]]
+    assert given == [("checks", 4), ("cases", 6), ("reward model of round 4", 6)]
+    assert "else the reward model of round 4" in ended.result["judges"][1]["statement"]
+
+    class Meanwhile(TransformersSampler):
+        def sample(self, *given: Any, **more: Any) -> Any:
+            forget(installation, "chatcmpl-1-0")
+            return super().sample(*given, **more)
+
+    again = ask(installation, prompts="cases", judges=["checks"])
+    ended = carried_out(installation, again, make_sampler=Meanwhile)
+    assert (ended.state, "forgotten meanwhile" in str(ended.error)) == ("failed", True)
+    assert files_of(installation, again).prompts() is None
+    # What the upkeep looks for among those that ended.
+    names = [("completion", id) for id in files.completion_ids()]
+    assert installation.store.forgettings.among(names) == {("completion", recorded)}  # type: ignore[arg-type]
+
+
+def test_a_language_model_labels_every_answer_once(installation: Installation, tmp_path: Path) -> None:
+    def script(body: dict[str, Any]) -> Reply:
+        asked = body["messages"][-1]["content"]
+        if "<answer A>" in asked:
+            return said('{"verdict": "tie"}')
+        return said(
+            '{"labels": ["opinion"]}' if " w2 " in asked.partition("<answer>")[2] else '{"labels": []}'
+        )
+
+    endpoint = Endpoint(script)
+    with endpoint.running() as url:
+        number = ask(
+            installation, prompts=prompt_file(tmp_path), judges=[f"honest+labels={url}#m", f"{url}#m"]
+        )
+        ended = carried_out(installation, number)
+    assert ended.state == "done", ended.error
+    assert ended.result is not None
+    assert ended.done == ended.total == PROMPTS * (2 + 2 + 2)
+    (labels,) = ended.result["labels"]
+    assert labels["source"] == "m on honest"
+    assert [one["answers"] for one in labels["contestants"]] == [2 * PROMPTS] * 2
+    files = files_of(installation, number)
+    for i, one in enumerate(labels["contestants"]):
+        texts = [answer["text"] for k in range(2) for own in files.answers_so_far(i, k) for answer in own]
+        expected = sum(" w2 " in f"\n{text}\n" for text in texts) / len(texts)
+        assert 0 < expected < 1
+        assert one["shares"]["opinion"]["estimate"] == pytest.approx(expected)
+    assert sum("<answer>" in str(body["messages"]) for body in endpoint.asked) == 2 * 2 * PROMPTS
+    # The labels are kept: nobody is asked for them again.
+    assert len(list((files.directory / "labels").iterdir())) == 2 * 2
+
+
 def forget(installation: Installation, completion_id: str) -> None:
     forgettings = Forgettings(installation.engine)
     forgettings.erase(forgettings.begin("completion", completion_id, "test"))
@@ -229,6 +312,50 @@ def test_only_one_is_carried_out_at_a_time(installation: Installation, tmp_path:
     assert evaluator(installation).needed() == ({"policy-0000", "policy-0001"}, set())
 
 
+def test_one_that_is_cancelled_stops_at_its_next_step_and_can_be_taken_up_there(
+    installation: Installation, tmp_path: Path
+) -> None:
+    number = ask(installation, prompts=prompt_file(tmp_path))
+    after = ask(installation, prompts=prompt_file(tmp_path), limit=4)
+    evaluations = Evaluations(installation.engine)
+    asked: list[int] = []
+
+    class Cancelled(TransformersSampler):
+        def sample(self, prompts: Any, **more: Any) -> Any:
+            asked.append(len(prompts))
+            if len(asked) == 2:
+                evaluations.cancel(number, "ann")
+            return super().sample(prompts, **more)
+
+    ended = evaluator(installation, make_sampler=Cancelled).carry_out_next()
+    assert ended is not None
+    assert (ended.id, ended.state, ended.error, ended.result) == (number, "cancelled", None, None)
+    # What was under way is kept, nothing is begun.
+    assert asked == [32, 2]
+    assert len(files_of(installation, number).answers_so_far(0, 1)) == 2
+    assert files_of(installation, number).answers_so_far(1, 0) == []
+    # Whoever carries them out goes on with the next one, and leaves it alone.
+    following = evaluator(installation).carry_out_next()
+    assert following is not None
+    assert (following.id, following.state) == (after, "done")
+    assert evaluator(installation).carry_out_next() is None
+    again = carried_out(installation, number, make_sampler=Cancelled)
+    assert (again.state, again.error) == ("done", None)
+    assert asked == [32, 2, 32, 2]
+
+
+def test_one_that_is_cancelled_just_before_it_is_begun_is_not(
+    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = ask(installation, prompts=prompt_file(tmp_path, 4))
+    evaluations = Evaluations(installation.engine)
+    waiting = evaluations.get(number)
+    evaluations.cancel(number, "ann")
+    monkeypatch.setattr(evaluations, "next", lambda: waiting)
+    assert evaluator(installation, evaluations=evaluations).carry_out_next() is None
+    assert evaluations.get(number).state == "cancelled"
+
+
 def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_again(
     installation: Installation, tmp_path: Path
 ) -> None:
@@ -237,6 +364,7 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     asked = carried_out(installation, number)
     assert asked.state == "done", asked.error
     assert asked.result is not None
+    assert asked.result["labels"] == [], "nobody has looked at them"
     people = asked.result["tables"][0]
     assert (people["name"], people["axis"]) == ("people on honest", "honest")
     before = people["pairs"][0]["verdicts"]
@@ -246,7 +374,11 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     for rater in ("k/ann", "k/ben"):
         while (pair := arena.next_pair(rater)) is not None:
             assert pair.axis == "honest"
-            arena.vote(pair.id, rater, "first" if pair.first in liked else "second")
+            # One of them finds an opinion in what the second contestant said.
+            opinion = ["opinion"] if rater == "k/ann" else []
+            given = [[] if text in liked else opinion for text in (pair.first, pair.second)]
+            choice: Any = "first" if pair.first in liked else "second"
+            arena.vote(pair.id, rater, choice, first_labels=given[0], second_labels=given[1])
             voted += 1
     assert voted > 0
 
@@ -259,6 +391,11 @@ def test_people_judge_in_the_arena_and_their_votes_count_when_it_is_counted_agai
     counted = again.result["tables"][0]["pairs"][0]
     assert counted["verdicts"] == before + voted / 2 == 4
     assert counted["win_rate"]["estimate"] > 0.5
+    (labels,) = again.result["labels"]
+    assert labels["source"] == "people on honest"
+    shares = [one["shares"]["opinion"]["estimate"] for one in labels["contestants"]]
+    assert shares == [0.0, 0.5]
+    assert [one["opinions"] for one in labels["contestants"]] == [voted, voted]
     arena.withdraw_asking([one["messages"] for one in files_of(installation, number).prompts() or ()])
     assert arena.next_pair("k/cat") is None
     without = ask(installation, prompts=prompts)

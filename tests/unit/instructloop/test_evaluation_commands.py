@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.labels import LABELS
 from feedback.store import Store
 from instructloop import cli, installation
 from instructloop.config import load
+from registry.audit import AuditLog
 from registry.evaluations import Evaluations
 
 INTERVAL = {"estimate": 0.75, "low": 0.5, "high": 1.0, "confidence": 0.95, "clusters": 2, "values": 4}
@@ -36,6 +38,20 @@ RESULT = {
             "leaderboards": {},
         }
     ],
+    "labels": [
+        {
+            "source": "people",
+            "contestants": [
+                {"name": "policy-0000", "answers": 1, "opinions": 1, "shares": dict.fromkeys(LABELS)},
+                {
+                    "name": "policy-0001",
+                    "answers": 3,
+                    "opinions": 3,
+                    "shares": dict.fromkeys(LABELS, INTERVAL),
+                },
+            ],
+        }
+    ],
 }
 
 
@@ -57,6 +73,7 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
         (["policy-0000", "policy-0009"], "contestants.1: there is no version policy-0009"),
         (["base", "policy-0001", "--judge", "jury"], "judges.0: 'jury' is none of"),
         (["base", "policy-0001", "--prompts", "none.jsonl"], "prompts: there is no file"),
+        (["base", "policy-0001", "--prompts", "cases"], "prompts: at least two cases are needed"),
         (["base", "policy-0001", "--n", "99"], "n: "),
         (["--resume", "7"], "there is no evaluation 7"),
     ):
@@ -80,11 +97,26 @@ def test_evaluations_are_asked_for_listed_shown_and_reported(
         ["1", "failed"],
     ]
     assert cli.run(["evaluations", "show", "2"]) == 0
-    assert "0.750 [0.500, 1.000]" in capsys.readouterr().out
+    rates, _, labels = capsys.readouterr().out.partition("\n\n")
+    assert "0.750 [0.500, 1.000]" in rates
+    header, answers, *shares = [line.split() for line in labels.splitlines()]
+    assert (header[-2:], answers[-2:]) == (["policy-0000", "policy-0001"], ["1", "3"])
+    assert shares == [["people", label, "-", "0.750", "[0.500,", "1.000]"] for label in LABELS]
     assert cli.run(["evaluations", "show", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] == "prompts: there are 1 in it"
     assert cli.run(["evaluate", "--resume", "2"]) == 2
     assert "done already" in capsys.readouterr().err
+    assert cli.run(["evaluations", "cancel", "2"]) == 2
+    assert "evaluation 2 is done already" in capsys.readouterr().err
+    for number, state in ((3, "cancelled"), (4, "cancelled: it stops at its next step")):
+        assert cli.run(["evaluate", "base", "policy-0001", "--later"]) == 0
+        if number == 4:
+            evaluations.begin(number)
+        capsys.readouterr()
+        assert cli.run(["evaluations", "cancel", str(number), "--reason", "too long"]) == 0
+        assert capsys.readouterr().out == f"evaluation {number} is {state}\n"
+        assert evaluations.get(number).state == "cancelled"
+    assert {one.detail for one in AuditLog(engine).entries(limit=3)} == {"", "too long"}
     assert cli.run(["evaluations", "report", "2", "--output", "page.html"]) == 0
     assert "0.750" in (tmp_path / "page.html").read_text()
     # Whoever is forgotten later may stand in it.

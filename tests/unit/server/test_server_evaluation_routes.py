@@ -49,6 +49,49 @@ async def test_one_is_asked_for_and_followed_to_its_end(bench: Bench, versions: 
             assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found")
 
 
+async def test_cases_are_asked_for_as_prompts(bench: Bench, versions: list[str]) -> None:
+    check = {"kind": "max_words", "n": 3}
+    async with bench.http("operator") as http:
+        for text in ("hi", "ho"):
+            case = {"messages": [{"role": "user", "content": text}], "checks": [check]}
+            assert (await http.post("/v1/cases", json=case)).status_code == 201
+        assert (await http.post("/v1/evaluations", json=TWO | {"prompts": "cases"})).status_code == 202
+        found = (await http.get("/v1/evaluations/1")).json()["request"]
+    assert found["prompts"] == "cases"
+    assert [one["kind"] for one in found["judges"]] == ["checks", "cases"]
+
+
+async def test_one_is_cancelled_with_a_reason_and_one_that_ended_is_not(
+    bench: Bench, versions: list[str]
+) -> None:
+    async with bench.http("operator") as http:
+        for _ in range(2):
+            await http.post("/v1/evaluations", json=TWO)
+        told = await http.post("/v1/evaluations/1/cancel", json={"reason": "wrong prompts"})
+        assert (told.status_code, told.json()) == (200, {"id": 1, "state": "cancelled"})
+        evaluations = Evaluations(bench.database)
+        evaluations.begin(2)
+        assert (await http.post("/v1/evaluations/2/cancel")).status_code == 200
+        assert [one.state for one in evaluations.list()] == ["cancelled", "cancelled"]
+        evaluations.begin(2, again=True)
+        evaluations.finish(2, {"prompts": 4})
+        refused = await http.post("/v1/evaluations/2/cancel")
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            409,
+            "evaluation 2 is done already",
+        )
+        assert (await http.post("/v1/evaluations/7/cancel")).status_code == 404
+        bad = await http.post("/v1/evaluations/1/cancel", json={"reason": 7})
+        assert (bad.status_code, bad.json()["error"]["param"]) == (422, "reason")
+    log = [one for one in AuditLog(bench.database).entries() if one.action == "cancel_evaluation"]
+    assert [(one.target, one.outcome, one.detail) for one in reversed(log)] == [
+        ("evaluation 1", "done", "wrong prompts"),
+        ("evaluation 2", "done", ""),
+        ("evaluation 2", "refused", "evaluation 2 is done already"),
+        ("evaluation 7", "refused", "there is no evaluation 7"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -59,6 +102,7 @@ async def test_one_is_asked_for_and_followed_to_its_end(bench: Bench, versions: 
         ({"judges": ["jury"]}, "judges.0"),
         ({"judges": ["reward-model"]}, "judges.0"),
         ({"prompts": "none.jsonl"}, "prompts"),
+        ({"prompts": "cases"}, "prompts"),
         ({"prompts": "../store.db"}, "prompts"),
         ({"prompts": "/etc/passwd"}, "prompts"),
         ({"n": 0}, "n"),
@@ -79,5 +123,6 @@ async def test_what_can_t_be_evaluated_is_refused_with_the_field(
 async def test_only_operators_evaluate(bench: Bench) -> None:
     for who in ("client", "rater"):
         async with bench.http(who) as http:
-            for method, path in (("GET", ""), ("POST", ""), ("GET", "/1"), ("GET", "/1/report")):
+            routes = (("GET", ""), ("POST", ""), ("GET", "/1"), ("GET", "/1/report"), ("POST", "/1/cancel"))
+            for method, path in routes:
                 assert (await http.request(method, f"/v1/evaluations{path}")).status_code == 403
