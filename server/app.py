@@ -147,7 +147,7 @@ async def serve(
             identity=ids,
             authenticator=Authenticator(Keys(database), ids),
             limits=limits,
-            obstacle=swapper.obstacle,
+            obstacle=swapper.obstacle_at_rest,
             routing=routing,
         )
         async with engine.lifespan():
@@ -209,7 +209,7 @@ def assemble(
     identity: Identity,
     authenticator: Authenticator,
     limits: Limits,
-    obstacle: Callable[[], str | None],
+    obstacle: Callable[[], Awaitable[str | None]],
     routing: Router | None = None,
 ) -> ASGIApp:
     """Our routes, behind them the engine's app, in front of both the gate, and CORS where it is wanted."""

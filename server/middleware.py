@@ -8,7 +8,7 @@ on to another replica. It decides nothing about what a route does.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -45,8 +45,8 @@ _ENGINE_BODIES = frozenset(ENDPOINTS) | {"/tokenize", "/detokenize"}
 class Gate:
     """Pure ASGI middleware; `max_body_bytes` bounds every request's body.
 
-    `obstacle` says why nothing may be generated at the moment, or None. Without a `router` every request is
-    answered here.
+    `obstacle` says why nothing may be generated, or None, as soon as that is known. Without a `router` every
+    request is answered here.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Gate:
         identity: Identity,
         limits: Limits,
         max_body_bytes: int,
-        obstacle: Callable[[], str | None],
+        obstacle: Callable[[], Awaitable[str | None]],
         router: Router | None = None,
     ) -> None:
         self._app = app
@@ -84,7 +84,7 @@ class Gate:
             asked = None if errand is not None else self._asked(scope, caller, body, fields)
             if asked is not None and await self._passed_on(asked, receive, send):
                 return
-            scope, body, generation = self._prepare(scope, caller, body, fields, errand)
+            scope, body, generation = await self._prepare(scope, caller, body, fields, errand)
         except Problem as problem:
             await problem.response()(scope, receive, send)
             return
@@ -164,7 +164,7 @@ class Gate:
         posted = scope["method"] == "POST" and caller is not None
         return parse_object(body) if posted and scope["path"] in _ENGINE_BODIES else None
 
-    def _prepare(
+    async def _prepare(
         self,
         scope: Scope,
         caller: Caller | None,
@@ -177,7 +177,7 @@ class Gate:
         path = scope["path"]
         generation = None
         if fields is not None and caller is not None and (prefix := ENDPOINTS.get(path)) is not None:
-            if (reason := self._obstacle()) is not None:
+            if (reason := await self._obstacle()) is not None:
                 raise Problem(503, reason, retry_after=5)
             self._check_ownership(fields, caller)
             owner, source = (SHADOW_OWNER, SHADOW) if errand == "shadow" else (caller.key_id, "serving")

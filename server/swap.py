@@ -12,7 +12,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,8 @@ class Swapper:
         self._checked: _Checked | None = None
         self._reported: tuple[Replica, float] | None = None
         self._reporting = asyncio.Lock()
+        self._at_rest = asyncio.Event()
+        self._at_rest.set()
         # The engine's whole fingerprint while it holds `status.serving`, and the tensors in it that this
         # engine is known to keep exactly as a checkpoint's files have them.
         self._held: dict[str, str] = {}
@@ -166,8 +169,13 @@ class Swapper:
         self.status = Status(serving=identity.actual or "", proven=False)
 
     def obstacle(self) -> str | None:
-        """Why generation must be refused, or None."""
+        """Why generation must be refused, or None. That a swap is under way is no reason."""
         return None if self.status.proven else "the weights in memory are not those of any version"
+
+    async def obstacle_at_rest(self) -> str | None:
+        """Return the same once no swap is under way: what is asked for during one is answered after it."""
+        await self._at_rest.wait()
+        return self.obstacle()
 
     async def begin(self, version: Version) -> None:
         """Take stock of an engine that was started on `version`.
@@ -274,17 +282,27 @@ class Swapper:
             self._failed(checked.desired, error)
             return
         started = time.monotonic()
-        await self._engine.pause()
-        try:
+        async with self._paused():
             await self._replace(checked, staged)
-        finally:
-            await self._engine.resume()
         seconds = time.monotonic() - started
         await self._engine.unstage()
         self._metrics.swap_seconds.observe(seconds)
         self.status = replace(self.status, last_swap_seconds=seconds)
         if self.status.proven and self.status.serving == checked.version.name:
             await self._keep_if_it_answers_as_before(checked, before, held)
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Hold what is generated and what is asked for meanwhile until the weights are a version's again."""
+        self._at_rest.clear()
+        try:
+            await self._engine.pause()
+            try:
+                yield
+            finally:
+                await self._engine.resume()
+        finally:
+            self._at_rest.set()
 
     async def _stage(self, checked: _Checked) -> dict[str, str] | None:
         """Prove a version beside the weights in service; None if the engine has to load it in their place.
@@ -311,19 +329,14 @@ class Swapper:
             return
         except UnprovenWeights as error:
             self._failed(checked.desired, error)
-        failure = self.status.failure
-        self.status, self._held = replace(self.status, proven=False), held
-        await self._engine.pause()
-        try:
+        failure, self._held = self.status.failure, held
+        async with self._paused():
             await self._go_back(before)
-        finally:
-            await self._engine.resume()
         self.status = replace(self.status, failure=failure)
 
     async def _replace(self, checked: _Checked, staged: dict[str, str] | None) -> None:
         """Put a version into the paused engine, or go back to what it held."""
         before, version = self.status, checked.version
-        self.status = replace(before, proven=False)
         try:
             if staged is not None:
                 await self._engine.exchange()
@@ -345,6 +358,8 @@ class Swapper:
         logger.info("now serving %s", version.name)
 
     async def _go_back(self, before: Status) -> None:
+        # Nobody may be answered by mixed weights: this closes the door until a version loads.
+        self.status = replace(before, proven=False)
         if not before.proven:
             return
         try:
@@ -353,7 +368,6 @@ class Swapper:
             self._require_same(await self._engine.fingerprint(), self._held)
             await self._settle(version.name)
         except Exception:
-            # Nobody may be answered by mixed weights: `obstacle` closes the door until a version loads.
             logger.exception("%s could not be restored", before.serving)
             return
         self.status = before

@@ -1,5 +1,6 @@
 """A real redis-server, a real SQLite database and, where its programs are installed, a real Postgres."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -72,8 +73,13 @@ class RedisServer:
 
     def _end(self, signal_number: int) -> None:
         if self.process is not None:
-            self.process.send_signal(signal_number)
-            self.process.wait(timeout=10)
+            deadline = time.monotonic() + 30
+            while self.process.poll() is None:
+                # More than once: Redis does not end while it writes its first log.
+                self.process.send_signal(signal_number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=1)
+                assert time.monotonic() < deadline, "Redis does not end"
             self.process = None
 
 

@@ -312,7 +312,9 @@ def test_two_stable_replicas_never_swap_at_once(fleet: Fleet) -> None:
 
     def watch() -> None:
         while not done.is_set():
-            states = tuple(fleet.replica(port).state for port in ports)
+            # In one look: between two a replica may have given its turn to the other.
+            found = {one.url: one.state for one in fleet.registry.replicas()}
+            states = tuple(found[f"http://127.0.0.1:{port}"] for port in ports)
             if not seen or seen[-1] != states:
                 seen.append(states)
             time.sleep(0.002)

@@ -178,9 +178,12 @@ class Bench:
             identity=self.identity,
             authenticator=Authenticator(Keys(self.database), self.identity),
             limits=limits,
-            obstacle=lambda: self.obstacle,
+            obstacle=self._obstacle,
             routing=self.routing,
         )
+
+    async def _obstacle(self) -> str | None:
+        return self.obstacle
 
     def http(self, who: str | None = None, **headers: str) -> httpx.AsyncClient:
         """A client with the key of `who` (client, other, rater, operator) or with none."""

@@ -339,6 +339,34 @@ async def test_mixed_weights_are_found_and_the_last_good_version_comes_back(rig:
     assert rig.replica().state == "serving"
 
 
+@pytest.mark.parametrize("loads", [True, False])
+async def test_what_is_asked_for_during_a_swap_is_answered_after_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, loads: bool
+) -> None:
+    rig.promote("policy-0001")
+    if not loads:
+        rig.engine.tampers = [lambda before: {"a": "a1"}, lambda before: {"a": "a1"}]
+    pausing, going_on, pause = asyncio.Event(), asyncio.Event(), rig.engine.pause
+
+    async def slow_pause() -> None:
+        await pause()
+        pausing.set()
+        await going_on.wait()
+
+    monkeypatch.setattr(rig.engine, "pause", slow_pause)
+    swapping = asyncio.create_task(rig.swapper.step())
+    await pausing.wait()
+    # A balancer goes on sending requests; they wait.
+    assert rig.swapper.obstacle() is None
+    asked = asyncio.create_task(rig.swapper.obstacle_at_rest())
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    going_on.set()
+    await swapping
+    assert (await asked is None) == loads
+    assert (rig.swapper.status.serving == "policy-0001") == loads
+
+
 async def test_a_load_that_did_nothing_is_found(rig: Rig) -> None:
     rig.promote("policy-0001")
     rig.engine.tampers = [lambda before: before]
