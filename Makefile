@@ -23,7 +23,7 @@ lint: .venv/.installed
 
 test: lint
 	@echo '==> unit tests'
-	@$(RUN) pytest tests/unit
+	@$(RUN) pytest -n 2 --dist loadfile tests/unit
 	@echo '==> integration tests: the real engine, Redis and database'
 	@$(RUN) pytest -v tests/integration
 	@echo '==> end-to-end tests: a real `instructloop up`'
