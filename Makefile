@@ -25,7 +25,8 @@ test: lint
 	@echo '==> unit tests'
 	@$(RUN) pytest -n 2 --dist loadfile tests/unit
 	@echo '==> integration tests: the real engine, Redis and database'
-	@$(RUN) pytest -v tests/integration
+	@$(RUN) pytest -v -n 2 --dist loadfile -m 'not engine' tests/integration
+	@$(RUN) pytest -v -m engine tests/integration
 	@echo '==> end-to-end tests: a real `instructloop up`'
 	@$(RUN) pytest -v tests/e2e
 

@@ -83,6 +83,13 @@ class RedisServer:
             self.process = None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what asks a server with its real engine."""
+    for item in items:
+        if {"served", "fleet"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
