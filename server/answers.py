@@ -3,7 +3,7 @@
 Numbers that are not finite are null in JSON.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,11 @@ from registry.evaluations import Evaluation
 from registry.registry import Manifest, Replica, Trial
 from registry.rounds import Metric, Round
 from registry.states import State
+
+NO_NUL = r"^[^\u0000]*$"
+"""The pattern of texts that Postgres can hold."""
+
+Reason = Annotated[str, Field(max_length=1000, pattern=NO_NUL)]
 
 
 class ProblemDetail(BaseModel):
@@ -337,13 +342,13 @@ class Try(BaseModel):
     """The body that puts a version on trial: the share of end users (canary) or of requests (shadow)."""
 
     share: float = Field(gt=0, le=1)
-    reason: str = Field(default="", max_length=1000, description="Written to the log")
+    reason: Reason = Field(default="", description="Written to the log")
 
 
 class Move(BaseModel):
     """The body of a move, which may be left out."""
 
-    reason: str = Field(default="", max_length=1000, description="Written to the log")
+    reason: Reason = Field(default="", description="Written to the log")
 
 
 class ArenaPair(BaseModel):

@@ -240,7 +240,7 @@ async def reason_of(request: Request) -> str:
     raw = await request.body()
     reason = parse_object(raw).get("reason", "") if raw.strip() else ""
     if not isinstance(reason, str) or len(reason) > 1000 or "\0" in reason:
-        raise Problem(422, "a text of at most 1000 characters is expected", param="reason")
+        raise Problem(422, "a text of at most 1000 characters without NUL is expected", param="reason")
     return reason
 
 

@@ -17,6 +17,7 @@ from feedback.rater_report import agreement_report, raters_report
 from feedback.settings import RaterSettings
 from feedback.store import Store
 from registry.audit import AuditLog
+from server.answers import NO_NUL, Reason
 from server.body import parse_object
 from server.context import CALLER
 from server.errors import Problem
@@ -29,15 +30,15 @@ _MOVES = ("quarantine", "confirm", "lift")
 class RaterMove(BaseModel):
     """Whom a move is about, and why it is made."""
 
-    rater: str = Field(min_length=1, max_length=500)
-    reason: str = Field(default="", max_length=1000)
+    rater: str = Field(min_length=1, max_length=500, pattern=NO_NUL)
+    reason: Reason = ""
 
 
 class GoldQuestion(BaseModel):
     """The event whose verdict is right, and why that is known."""
 
-    event_id: str = Field(min_length=1, max_length=500)
-    reason: str = Field(default="", max_length=1000)
+    event_id: str = Field(min_length=1, max_length=500, pattern=NO_NUL)
+    reason: Reason = ""
 
 
 class RaterRoutes:
@@ -162,8 +163,9 @@ def _fields(raw: bytes, name: str) -> dict[str, str]:
     fields = {name: given.get(name), "reason": given.get("reason", "")}
     for key, value in fields.items():
         longest, shortest = (1000, 0) if key == "reason" else (500, 1)
-        if not isinstance(value, str) or not shortest <= len(value) <= longest:
-            raise Problem(422, f"a text of {shortest} to {longest} characters is expected", param=key)
+        if not isinstance(value, str) or not shortest <= len(value) <= longest or "\0" in value:
+            message = f"a text of {shortest} to {longest} characters without NUL is expected"
+            raise Problem(422, message, param=key)
     return {key: str(value) for key, value in fields.items()}
 
 

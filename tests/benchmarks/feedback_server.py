@@ -126,7 +126,7 @@ async def serve() -> None:
         identity=identity,
         authenticator=Authenticator(Keys(database), identity),
         limits=limits,
-        obstacle=lambda: None,
+        obstacle=_no_obstacle,
     )
     recording = asyncio.create_task(recorder.run())
     await listen(app, config.server.port)
@@ -134,6 +134,10 @@ async def serve() -> None:
     await asyncio.gather(recording, return_exceptions=True)
     await recorder.flush(5.0)
     await client.aclose()
+
+
+async def _no_obstacle() -> None:
+    """Nothing stands in the way of generation."""
 
 
 async def listen(app: ASGIApp, port: int) -> None:

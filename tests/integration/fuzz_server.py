@@ -120,7 +120,7 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
                 identity=identity,
                 authenticator=Authenticator(Keys(database), identity),
                 limits=limits,
-                obstacle=lambda: None,
+                obstacle=_no_obstacle,
             )
             await server.serve()
 
@@ -139,6 +139,10 @@ def running(directory: Path, redis_url: str, settings: ServerSettings) -> Iterat
         serving.join(20)
         moving.join(20)
         database.dispose()
+
+
+async def _no_obstacle() -> None:
+    """Nothing stands in the way of generation."""
 
 
 async def _not_yet(scope: object, receive: object, send: object) -> None:
