@@ -37,7 +37,6 @@ def settings() -> dict[str, str]:
     return QUICK | {
         # So much of so bad examples that nothing is left of the model before.
         "TRAINING__SFT_EPOCHS": "4",
-        "TRAINING__SFT_LEARNING_RATE": "0.001",
         "TRAINING__PPO_UPDATES": "1",
         "EVALUATION__KL_BUDGET": "10",
         "ROLLOUT__CANARY_MINIMUM_VOTES": "10",
