@@ -131,14 +131,14 @@ def difference(held: Path, other: Path) -> str | None:
         mine, theirs = (config.get(key) for config in configs)
         if mine != theirs and None not in (mine, theirs):
             return f"{key} is {theirs}, not {mine}"
-    shapes = _shapes(held)
-    for name, shape in _shapes(other).items():
+    shapes = shapes_of(held)
+    for name, shape in shapes_of(other).items():
         if shapes.get(name, shape) != shape:
             return f"{name} has the shape {shape}, not {shapes[name]}"
     return None
 
 
-def _shapes(directory: Path) -> dict[str, list[int]]:
+def shapes_of(directory: Path) -> dict[str, list[int]]:
     """Read the shape of each tensor from the headers of the files."""
     found: dict[str, list[int]] = {}
     for file in sorted(directory.glob("*.safetensors")):

@@ -39,7 +39,7 @@ from server.swap import ProbeToken
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
-_STAGING_POLL_SECONDS = 0.1
+_STAGING_POLL_SECONDS = 0.02
 _PROBE_PROMPT = "Once upon a time there was a"
 _PROBE_TOKENS = 8
 

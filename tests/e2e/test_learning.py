@@ -12,7 +12,7 @@ QUICK = {
     "TRAINING__MINIMUM_JUDGED": "2",
     "TRAINING__SFT_MINIMUM": "4",
     "TRAINING__SFT_EPOCHS": "1",
-    # Both versions are sampled with the same seeds: one that is hardly changed gives most of the same answers.
+    # Both versions are sampled with the same seeds: one that is hardly changed gives mostly the same answers.
     "TRAINING__SFT_LEARNING_RATE": "0.001",
     "TRAINING__REWARD_EPOCHS": "1",
     "TRAINING__PPO_UPDATES": "3",

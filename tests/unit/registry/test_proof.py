@@ -1,6 +1,7 @@
 """A checkpoint's fingerprint equals that of an engine that holds it, packed or not, and no other's."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,19 @@ class Layer(nn.Module):
 
     def __init__(self, weight: torch.Tensor, *, packed: bool) -> None:
         super().__init__()
-        self.input_size_per_partition = weight.shape[1]
-        held = weight.clone()
-        self.weight = nn.Parameter(torch.empty(0, dtype=held.dtype) if packed else held, requires_grad=False)
+        self.output_size_per_partition, self.input_size_per_partition = weight.shape
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
         if packed:
-            self.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
+            self.quant_method = SimpleNamespace(process_weights_after_loading=partial(pack, empty=True))
+            pack(self, empty=True)
+
+
+def pack(layer: nn.Module, *, empty: bool) -> None:
+    """As vLLM does it, which keeps nothing of a linear layer's own matrix."""
+    held = layer.weight.clone()
+    layer.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
+    if empty:
+        layer.weight = nn.Parameter(torch.empty(0, dtype=held.dtype), requires_grad=False)
 
 
 class Head(nn.Module):
@@ -33,13 +42,8 @@ class Head(nn.Module):
         super().__init__()
         self.embedding_dim = weight.shape[1]
         self.weight = weight
-        self.quant_method = SimpleNamespace(process_weights_after_loading=self.pack)
-        self.pack(self)
-
-    def pack(self, layer: nn.Module) -> None:
-        assert layer is self
-        held = self.weight.clone()
-        self.cpu_linear = lambda x, _, bias: nn.functional.linear(x, held, bias)
+        self.quant_method = SimpleNamespace(process_weights_after_loading=partial(pack, empty=False))
+        pack(self, empty=False)
 
 
 class Model(nn.Module):
