@@ -5,6 +5,7 @@ Owns the processes of a run and the reading of its results. What is compared is 
 
 import contextlib
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -138,8 +139,20 @@ class Load:
         return [pair for times in self.arrivals for pair in pairwise(times)]
 
 
-def run(server: Server, *, requests: int, concurrency: int, prompt: int, answer: int, seed: int) -> Load:
-    """Let `vllm bench serve` load a server: `requests` random prompts, all answers of `answer` tokens."""
+def run(
+    server: Server,
+    *,
+    requests: int,
+    concurrency: int,
+    prompt: int,
+    answer: int,
+    seed: int,
+    rate: float = math.inf,
+) -> Load:
+    """Let `vllm bench serve` load a server: `requests` random prompts, all answers of `answer` tokens.
+
+    They come at `rate` a second at random (Poisson), at most `concurrency` at a time.
+    """
     # Only here: it takes ten seconds and is needed once.
     from vllm.benchmarks.serve import add_cli_args
     from vllm.benchmarks.serve import main as bench
@@ -158,6 +171,7 @@ def run(server: Server, *, requests: int, concurrency: int, prompt: int, answer:
             "random-output-len": answer,
             "num-prompts": requests,
             "max-concurrency": concurrency,
+            "request-rate": rate,
             "temperature": 1,
             "seed": seed,
             "result-dir": directory,
