@@ -10,7 +10,7 @@ import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from feedback.cases import Case, CaseResult
     from feedback.store import StoredEvent
     from instructloop.config import Config
-    from registry.registry import Replica
+    from registry.registry import Registry, Replica
     from registry.rounds import Round
 
 _POLL_SECONDS = 0.2
@@ -135,7 +135,7 @@ class _Way:
         learning = self._learned(position, before)
         assert learning.round is not None
         version = self._passed(learning.round, learning.result)
-        replica = self._served(version)
+        replica = wait_until_served(self._registry, version, self._tell)
         self._answered(replica, learning.result)
 
     def close(self) -> None:
@@ -224,37 +224,6 @@ class _Way:
         if not result.after_passed:
             raise NotFixed(f"{result.version} was promoted, but still fails the case; {once_more}")
         return result.version
-
-    def _served(self, version: str) -> "Replica":
-        """Wait until a replica serves the version; raises NotFixed where that can't come."""
-        from registry.registry import STALE_SECONDS
-
-        began = time.monotonic()
-        while True:
-            live = [
-                one
-                for one in self._registry.replicas()
-                if one.state != "stopped" and time.time() - one.seen_at < STALE_SECONDS
-            ]
-            for one in live:
-                if one.actual == version and one.state == "serving" and one.track == "stable":
-                    swap = "" if one.last_swap_seconds is None else f", swap {one.last_swap_seconds:.1f} s"
-                    self._tell("serving", f"{version} on {one.id}{swap}")
-                    return one
-                if one.state == "failed" and one.desired == version:
-                    raise NotFixed(f"{version} passes the case, but {one.id} can't load it: {one.detail}")
-            desired, trial = self._registry.desired(), self._registry.trial()
-            if trial is not None and trial.version == version:
-                self._tell(
-                    "on trial",
-                    f"{version} as a {trial.mode} ({trial.share:g}), until its users' votes decide",
-                )
-            elif desired is None or desired.name != version:
-                wanted = desired.name if desired else "none"
-                raise NotFixed(f"{version} passes the case, but {wanted} is to serve since")
-            if not live and time.monotonic() - began > _PATIENCE_SECONDS:
-                raise NotFixed(f"{version} passes the case and is to serve, but no server runs: start one")
-            time.sleep(_POLL_SECONDS)
 
     def _answered(self, replica: "Replica", result: "CaseResult | None") -> None:
         """Ask the server and look at what it says; raises NotFixed."""
@@ -367,6 +336,40 @@ class _Way:
         if f"{step} {what}" not in self._told:
             self._told.add(f"{step} {what}")
             print(f"{(at or time.time()) - self._began:8.1f} s  {step}: {what}", flush=True)
+
+
+def wait_until_served(registry: "Registry", version: str, tell: Callable[[str, str], None]) -> "Replica":
+    """Wait until a replica serves the version, through its trial if it is on one.
+
+    `tell` gets each step and what there is to say of it, perhaps more than once. Raises NotFixed where it
+    won't be served.
+    """
+    from registry.registry import STALE_SECONDS
+
+    began = time.monotonic()
+    while True:
+        live = [
+            one
+            for one in registry.replicas()
+            if one.state != "stopped" and time.time() - one.seen_at < STALE_SECONDS
+        ]
+        for one in live:
+            if one.actual == version and one.state == "serving" and one.track == "stable":
+                swap = "" if one.last_swap_seconds is None else f", swap {one.last_swap_seconds:.1f} s"
+                tell("serving", f"{version} on {one.id}{swap}")
+                return one
+            if one.state == "failed" and one.desired == version:
+                raise NotFixed(f"{version} passes the case, but {one.id} can't load it: {one.detail}")
+        # In this order: one that is promoted in between is still on trial.
+        trial, desired = registry.trial(), registry.desired()
+        if trial is not None and trial.version == version:
+            tell("on trial", f"{version} as a {trial.mode} ({trial.share:g}), until its users' votes decide")
+        elif desired is None or desired.name != version:
+            wanted = desired.name if desired else "none"
+            raise NotFixed(f"{version} passes the case, but {wanted} is to serve since")
+        if not live and time.monotonic() - began > _PATIENCE_SECONDS:
+            raise NotFixed(f"{version} passes the case and is to serve, but no server runs: start one")
+        time.sleep(_POLL_SECONDS)
 
 
 def _objections(verdict: "dict[str, Any] | Any") -> list[str]:
