@@ -8,7 +8,7 @@ It decides nothing and loads nothing into engines; `server` and `evaluation.samp
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,14 @@ def digest(fingerprint: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(fingerprint.items())).encode()).hexdigest()
 
 
-def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
+def checkpoint_fingerprint(
+    directory: Path, dtype: str, names: Collection[str] | None = None
+) -> dict[str, str]:
     """Compute what an engine of one rank reports when it holds this checkpoint in `dtype` (`bfloat16`).
 
     It has an entry for each tensor, each fused layer and a tied output layer, in both forms; which of them
-    an engine reports depends on the model and the processor. Raises ValueError naming a tensor that is not
-    finite.
+    an engine reports depends on the model and the processor, and with `names` only those are computed.
+    Raises ValueError naming a tensor that is not finite, also one without a name among them.
     """
     import torch
 
@@ -114,9 +116,11 @@ def checkpoint_fingerprint(directory: Path, dtype: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, tensor in checkpoint_tensors(directory):
         cast = tensor.to(target)
-        found[name] = tensor_digest(name, cast)
+        _require_finite(name, cast)
+        forms = {name: cast}
         if cast.ndim == 2:
-            found[columns_name(name)] = tensor_digest(name, _columns(cast))
+            forms[columns_name(name)] = _columns(cast)
+        found |= {key: _sha256(form) for key, form in forms.items() if names is None or key in names}
     return found
 
 
@@ -222,12 +226,22 @@ def packed_digest(name: str, module: Any, width: int) -> str:
 
 def tensor_digest(name: str, tensor: Any) -> str:
     """SHA-256 of a tensor's values. Raises ValueError if one is not finite, with `name`."""
+    tensor = tensor.detach().cpu()
+    _require_finite(name, tensor)
+    return _sha256(tensor)
+
+
+def _require_finite(name: str, tensor: Any) -> None:
     import torch
 
-    tensor = tensor.detach().cpu()
     # One that is not finite makes the sum so too, which is a tenth of the work of looking at each.
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds a NaN or an infinity")
+
+
+def _sha256(tensor: Any) -> str:
+    import torch
+
     # Adding zero makes -0 and +0 the same: a multiplication can't tell them apart.
     plain = (tensor + 0).contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(plain.numpy().data).hexdigest()

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -145,7 +145,9 @@ class Swapper:
         watch_seconds: float,
         retry_seconds: float,
         max_unavailable: int = 1,
-        fingerprint_checkpoint: Callable[[Path, str], dict[str, str]] = proof.checkpoint_fingerprint,
+        fingerprint_checkpoint: Callable[
+            [Path, str, Collection[str]], dict[str, str]
+        ] = proof.checkpoint_fingerprint,
         difference: Callable[[Path, Path], str | None] = proof.difference,
     ) -> None:
         self._engine = engine
@@ -183,7 +185,7 @@ class Swapper:
         Raises UnprovenWeights if an earlier start on it had other weights, ValueError for a NaN.
         """
         self._held = await self._engine.fingerprint()
-        expected = await self._expected(version)
+        expected = await self._expected(version, self._held.keys())
         self._comparable = frozenset(
             name
             for name, value in self._held.items()
@@ -242,7 +244,7 @@ class Swapper:
             version = await _thread(self._registry.version, desired.name)
             # Hashing every file also brings the checkpoint into memory, so that loading it is quick.
             await _thread(self._registry.verify, desired.name)
-            expected = await self._expected(version)
+            expected = await self._expected(version, self._comparable)
             await self._require_fit(version, expected)
         except (BrokenVersion, KeyError, OSError, ValueError, UnprovenWeights) as error:
             self._failed(desired, error)
@@ -398,8 +400,8 @@ class Swapper:
         await self._engine.reset_caches()
         await self._engine.label(name)
 
-    async def _expected(self, version: Version) -> dict[str, str]:
-        return await _thread(self._fingerprint_checkpoint, version.path, self._engine.dtype)
+    async def _expected(self, version: Version, names: Collection[str]) -> dict[str, str]:
+        return await _thread(self._fingerprint_checkpoint, version.path, self._engine.dtype, names)
 
     async def _compare_with_past(self, version: Version, held: Mapping[str, str]) -> None:
         """Require the same tensors of a version each time that it is loaded, on the same topology."""

@@ -127,6 +127,20 @@ def test_a_tiny_change_of_all_weights_is_noticed(tmp_path: Path) -> None:
     assert all(found[key] != expected[key] for key in found)
 
 
+def test_of_a_checkpoint_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:
+    held = tensors(0)
+    save_file(held, tmp_path / "model.safetensors")
+    every = checkpoint_fingerprint(tmp_path, "bfloat16")
+    names = {"norm.weight", "attention.qkv_proj.weight#columns", "of another model"}
+    some = checkpoint_fingerprint(tmp_path, "bfloat16", names)
+    assert some == {name: every[name] for name in names & every.keys()}
+    assert len(some) == 2
+    held["attention.o_proj.weight"][0, 0] = torch.nan
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"o_proj\.weight holds a NaN"):
+        checkpoint_fingerprint(tmp_path, "bfloat16", names)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
     held = tensors(0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,11 +105,11 @@ class FakeEngine:
         self.calls.append(f"label {version}")
 
 
-def read(directory: Path, dtype: str) -> dict[str, str]:
+def read(directory: Path, dtype: str, names: Collection[str] | None = None) -> dict[str, str]:
     found: dict[str, str] = json.loads((directory / "model.safetensors").read_text())
     if "nan" in found.values():
         raise ValueError("a holds a NaN or an infinity")
-    return found
+    return {name: value for name, value in found.items() if names is None or name in names}
 
 
 def other_model(held: Path, other: Path) -> str | None:
