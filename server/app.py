@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import anyio.to_thread
@@ -216,8 +217,10 @@ def assemble(
     inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     for router in routers:
         inner.include_router(router)
-    described = document(inner)
-    inner.add_api_route("/v1/openapi.json", lambda: JSONResponse(described))
+    ours = tuple(inner.routes)
+    # When it is first asked for, and in a thread, as a plain function: it takes a while.
+    described = cache(lambda: document(ours))
+    inner.add_api_route("/v1/openapi.json", lambda: JSONResponse(described()))
     inner.mount("/", engine_app)
     inner.add_exception_handler(Problem, _problem)
     inner.add_exception_handler(RequestValidationError, _invalid)

@@ -3,12 +3,12 @@
 The document is made from the routes themselves; what the gate does in front of all of them is added here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.routing import BaseRoute
 
 from feedback.events import FEEDBACK
 from server.access import roles_of
@@ -70,8 +70,8 @@ def takes_lines() -> dict[str, Any]:
     return _body("application/x-ndjson", {"type": "string"})
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """Make the document of `app`'s routes."""
+def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """Make the document of `routes`."""
     found = get_openapi(
         title="InstructLoop",
         version="1",
@@ -79,7 +79,7 @@ def document(app: FastAPI) -> dict[str, Any]:
             "Feedback, receipts and operations. The generating routes beside these are vLLM's: OpenAI's "
             "`/v1/chat/completions`, `/v1/completions`, `/v1/responses` and Anthropic's `/v1/messages`."
         ),
-        routes=app.routes,
+        routes=routes,
     )
     components = found.setdefault("components", {})
     schemas = components.setdefault("schemas", {})

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 import sqlalchemy as sa
+from databases import migrated
 from sqlalchemy.engine import Engine
 
 from instructloop.database import connect, migrate
@@ -109,8 +110,7 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Engine]:
     """A migrated SQLite file."""
-    engine = connect(f"sqlite:///{tmp_path / 'store.db'}")
-    migrate(engine)
+    engine = migrated(tmp_path / "store.db")
     yield engine
     engine.dispose()
 

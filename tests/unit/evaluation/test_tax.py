@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from databases import migrated
 from lm_eval.tasks import TaskManager
 from unit.training.tiny import TransformersSampler as SlowSampler
 from unit.training.tiny import tiny_model, tiny_tokenizer
@@ -13,7 +14,6 @@ from unit.training.tiny import tiny_model, tiny_tokenizer
 from evaluation.sampler import TransformersSampler
 from evaluation.settings import EvaluationSettings
 from evaluation.tax import KEPT, Result, TaxProblem, change, changes, find, measure, sampled
-from instructloop.database import connect, migrate
 from registry.registry import Registry, Version
 from training.policy import load_policy
 
@@ -127,9 +127,7 @@ class CountingSampler(TransformersSampler):
 
 @pytest.fixture
 def versions(directory: Path, tmp_path: Path) -> tuple[Registry, list[Version]]:
-    engine = connect(f"sqlite:///{tmp_path / 'store.db'}")
-    migrate(engine)
-    registry = Registry(engine, tmp_path / "versions")
+    registry = Registry(migrated(tmp_path / "store.db"), tmp_path / "versions")
     staged = [tiny_model(tmp_path / f"staging{number}", seed) for number, seed in enumerate((0, 1, 0))]
     return registry, [
         registry.publish(path, parent=None, round_id=number, kind="ppo", details={})

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from databases import migrated
 from prometheus_client import CollectorRegistry
 from server_bench import Bench, MemoryQueue
 
 from feedback.keys import Keys
 from feedback.store import Store
-from instructloop.database import connect, migrate
 from registry.registry import Registry
 from registry.rounds import Rounds
 from server.identity import Identity
@@ -19,8 +19,7 @@ from server.metrics import ServerMetrics
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = connect(f"sqlite:///{tmp_path}/store.db")
-    migrate(engine)
+    engine = migrated(tmp_path / "store.db")
     yield engine
     engine.dispose()
 

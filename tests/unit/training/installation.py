@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from databases import migrated
 from unit.training.tiny import END, WORDS, TransformersSampler, tiny_model, tiny_tokenizer
 
 from evaluation.settings import EvaluationSettings
@@ -14,7 +15,7 @@ from feedback.events import FEEDBACK, Event
 from feedback.queue import Entry
 from feedback.records import Choice, Completion
 from feedback.store import Store
-from instructloop.database import connect, migrate
+from instructloop.database import connect
 from registry.registry import Registry
 from registry.rounds import Rounds
 from training.settings import TrainingSettings
@@ -41,8 +42,8 @@ EVENTS = 3 * PROMPTS
 class Installation:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
+        migrated(directory / "store.db").dispose()
         self.open(directory)
-        migrate(self.engine)
         base = self.registry.publish(
             tiny_model(directory / "staging"), parent=None, round_id=None, kind="base", details={}
         )

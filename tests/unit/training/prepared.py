@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+from databases import migrated
 from integration.feedback_samples import entry
 from unit.training.tiny import END, WORDS, TransformersSampler, tiny_model, tiny_tokenizer
 
@@ -10,7 +11,7 @@ from evaluation.settings import EvaluationSettings
 from feedback.events import FEEDBACK, Event
 from feedback.records import Choice, Completion
 from feedback.store import Store
-from instructloop.database import connect, migrate
+from instructloop.database import connect
 from registry.registry import Registry
 from registry.rounds import Rounds
 from training.round import RoundRun
@@ -37,8 +38,8 @@ class Installation:
     def __init__(self, directory: Path, demonstrations: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         new = not (directory / "store.db").exists()
-        engine = connect(f"sqlite:///{directory / 'store.db'}")
-        migrate(engine)
+        file = directory / "store.db"
+        engine = migrated(file) if new else connect(f"sqlite:///{file}")
         self.directory = directory
         self.store, self.rounds = Store(engine), Rounds(engine)
         self.registry = Registry(engine, directory / "versions")
