@@ -24,7 +24,7 @@ lint: .venv/.installed
 test: lint
 	@echo '==> unit tests'
 	@$(RUN) pytest -n 2 --dist loadfile tests/unit
-	@echo '==> integration tests: the real engine, Redis and database'
+	@echo '==> integration tests: tiny models fitted, the real engine, Redis and database'
 	@$(RUN) pytest -v -n 2 --dist loadfile -m 'not engine' tests/integration
 	@$(RUN) pytest -v -m engine tests/integration
 	@echo '==> end-to-end tests: a real `instructloop up`'
