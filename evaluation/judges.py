@@ -62,7 +62,8 @@ class RewardModelJudge:
     """The answer that a reward model scores higher wins; its `name` should say which model it is.
 
     Prompts keep their last `prompt_tokens`, answers their first `response_tokens`, as in training. An answer
-    ends with the end-of-turn token, as one that its author ended.
+    ends with the end-of-turn token, as one that its author ended. It is scored once, however many others it
+    is compared with.
     """
 
     axis = "overall"
@@ -83,11 +84,27 @@ class RewardModelJudge:
         self._tokenizer = tokenizer
         self._prompt_tokens = prompt_tokens
         self._response_tokens = response_tokens
+        self._scores: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """Score both answers in one row with their prompt."""
-        items = [(self._prompt(p.prompt), [self._answer(p.first), self._answer(p.second)]) for p in pairs]
-        return [outcome(first, second) for first, second in score_responses(self._model, items)]
+        """Score what is new, all answers to a prompt in one row with it."""
+        asked = [
+            [
+                (tuple(self._prompt(pair.prompt)), tuple(self._answer(text)))
+                for text in (pair.first, pair.second)
+            ]
+            for pair in pairs
+        ]
+        new: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # in order, each once
+        for prompt, answer in (one for both in asked for one in both):
+            if (prompt, answer) not in self._scores:
+                new.setdefault(prompt, {})[answer] = None
+        for (prompt, answers), scores in zip(
+            new.items(), score_responses(self._model, [(p, list(a)) for p, a in new.items()]), strict=True
+        ):
+            for answer, score in zip(answers, scores, strict=True):
+                self._scores[prompt, answer] = score
+        return [outcome(*(self._scores[one] for one in both)) for both in asked]
 
     def _prompt(self, prompt: ChatPrompt) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(

@@ -42,6 +42,31 @@ def test_the_answer_with_the_higher_score_wins_and_order_is_of_no_account(model:
     assert judge.compare([Pair(prompts[0], "w5", "w5")]) == [0.5]
 
 
+def test_an_answer_is_scored_once_however_many_it_is_compared_with(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = RewardModelJudge("rm", model, tiny_tokenizer())
+    prompt = ChatPrompt("p", ({"role": "user", "content": "w1 w2"},))
+    texts = ["w3", "w4 w5", "w6 w7 w8", "w9"]
+    read: list[int] = []
+
+    def counting(model: RewardModel, items: Any) -> list[list[float]]:
+        read.extend(len(answers) for _, answers in items)
+        return score_responses(model, items)
+
+    monkeypatch.setattr("evaluation.judges.score_responses", counting)
+    for first in texts:
+        for second in texts:
+            alone = RewardModelJudge("rm", model, tiny_tokenizer()).compare([Pair(prompt, first, second)])
+            read.clear()
+            assert judge.compare([Pair(prompt, first, second)]) == alone
+    # The last pair is of two that were scored before.
+    assert read == []
+    fresh = RewardModelJudge("rm", model, tiny_tokenizer())
+    fresh.compare([Pair(prompt, first, second) for first in texts for second in texts])
+    assert read == [len(texts)]
+
+
 def test_long_texts_are_cut_as_in_training(model: RewardModel) -> None:
     judge = RewardModelJudge("rm", model, tiny_tokenizer(), prompt_tokens=4, response_tokens=3)
     turns = ({"role": "user", "content": "w1 w2 w3"},)
