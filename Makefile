@@ -23,7 +23,7 @@ lint: .venv/.installed
 
 test: lint
 	@echo '==> unit tests'
-	@$(RUN) pytest -n 2 --dist loadfile tests/unit
+	@$(RUN) pytest -n 2 --dist worksteal tests/unit
 	@echo '==> integration tests: tiny models fitted, the real engine, Redis and database'
 	@$(RUN) pytest -v -n 2 --dist loadfile -m 'not engine' tests/integration
 	@$(RUN) pytest -v -m engine tests/integration

@@ -15,7 +15,7 @@ from evaluation import ifeval
 from evaluation.checks import BadCheck, satisfied, share_satisfied, validate
 from evaluation.judges import ChatPrompt, ChecksJudge, Pair
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = Path(os.environ.get("INSTRUCTLOOP_DATA", ROOT.parent / "shared" / "data"))
 PROMPTS = PROMPTS / "ifeval" / "input_data.jsonl.gz"
 
