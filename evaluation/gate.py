@@ -148,6 +148,8 @@ def _summary(conditions: Sequence[Condition], failed: Sequence[str]) -> str:
     binding = sum(condition.binding for condition in conditions)
     if failed:
         return f"Not to be promoted: {len(failed)} of {binding} conditions failed ({', '.join(failed)})."
+    if not binding:
+        return "To be promoted: no condition is binding, all are reported only."
     return f"To be promoted: all {binding} conditions hold."
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.comparison import Interval
-from evaluation.gate import Comparison, Evidence, Verdict, decide, gather, in_words
+from evaluation.gate import CONDITIONS, Comparison, Evidence, Verdict, decide, gather, in_words
 from evaluation.overoptimisation import Watch
 from evaluation.settings import EvaluationSettings
 from evaluation.tax import Result, change
@@ -138,6 +138,9 @@ def test_gold_that_fell_while_the_proxy_rose_refuses_or_is_reported() -> None:
     lines = in_words(json.loads(json.dumps(lenient.as_dict())))
     assert lines[0] == lenient.summary
     assert lines[4].startswith("gold against proxy (fails, reported only): From the SFT policy on")
+    nothing_binds = EvaluationSettings(kl_budget=10.0, report_only=list(CONDITIONS))
+    assert decide(fooled, nothing_binds).promote
+    assert decide(fooled, nothing_binds).summary.startswith("To be promoted: no condition is binding")
     unsure = replace(WINNER, watch=Watch(6, 1, 12, False, proxy=gain(0.4, 0.8), gold=gain(-0.5, 0.1)))
     assert decide(unsure, SETTINGS).promote
     assert not any("chosen among" in remark for remark in decide(unsure, SETTINGS).remarks)
