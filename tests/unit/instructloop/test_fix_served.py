@@ -3,31 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from instructloop.database import connect
 from instructloop.fix import NotFixed, wait_until_served
 from registry.registry import Registry, Replica, Track
-from registry.tables import METADATA
 
 NEW = "policy-0001"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    engine = connect(f"sqlite:///{tmp_path}/store.db")
-    METADATA.create_all(engine)
-    registry = Registry(engine, tmp_path / "versions")
-    for number in range(2):
-        staging = tmp_path / f"staging-{number}"
-        staging.mkdir()
-        (staging / "model.safetensors").write_bytes(bytes([number]))
-        registry.publish(staging, parent=None, round_id=None, kind="test", details={})
-    registry.promote("policy-0000", actor="setup", reason="")
-    yield registry
-    engine.dispose()
 
 
 def report(registry: Registry, actual: str, track: Track = "stable") -> None:
